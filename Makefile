@@ -46,8 +46,8 @@ badges: $(VENV)/run.stamp  ## REPO=owner/name: point badges and links to another
 lint: $(VENV)/test.stamp  ## run the linter and the formatter's check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check tests tools
 
-bench: $(VENV)/test.stamp  ## measure speed and memory (never part of the tests); NB=07 for one notebook
-	@for script in tools/bench_$(or $(NB),*)*.py; do echo "== $$script" && $(BIN)/python $$script || exit 1; done
+bench: $(VENV)/test.stamp  ## measure speed and memory, never part of the tests; NB=07 ARGS=--sweep for one notebook
+	@for script in tools/bench_$(or $(NB),*)*.py; do echo "== $$script" && $(BIN)/python $$script $(ARGS) || exit 1; done
 
 data: $(VENV)/run.stamp  ## FULL=folder: cut the embedded subsets in data/ out of the full data sets
 	@$(BIN)/python -m tools.make_data $(FULL)

@@ -16,17 +16,26 @@ def token():
 
 
 class ClearMLServer:
-    """Serves on a free port of the loopback interface while used as a context manager; `requests` holds (call, body) pairs."""
+    """Serves on a free port of the loopback interface while used as a context manager; `requests` holds (call, body) pairs.
 
-    def __init__(self, status=200):
+    With another `status` it refuses everything; from the first call `dies_after` on it takes requests and does not answer.
+    """
+
+    def __init__(self, status=200, dies_after=None):
         self.requests = []
         self.tasks = {}
+        self.dead, self.closing = threading.Event(), threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 call = self.path.rsplit("/", 1)[-1].split("?")[0]
+                if call == dies_after:
+                    server.dead.set()
+                if server.dead.is_set():
+                    server.closing.wait()
+                    return
                 server.requests.append((call, body.decode(errors="replace")))
                 data = server.answer(call, body) if status == 200 else {}
                 meta = {"id": "0" * 32, "result_code": status, "result_subcode": 0, "result_msg": "OK" if status == 200 else "refused"}
@@ -71,5 +80,6 @@ class ClearMLServer:
         return self
 
     def __exit__(self, *exc):
+        self.closing.set()
         self.http.shutdown()
         self.http.server_close()

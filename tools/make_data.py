@@ -73,7 +73,7 @@ def clean_play(text):
     for _ in range(2):  # stage directions, a few of them nested; some open with a mistyped brace
         text = re.sub(r"[\[{][^\[\]{]*\]", "", text)
     text = re.sub(r"(?m)^.*[\[\]].*$", "", text)  # what is left of three that were never closed or opened
-    text = re.sub(r"(?mi)^(ACT|SCENE) [IV\d]+\b.*$", "", text)
+    text = re.sub(r"(?mi)^(ACT|SCENE) [IVX\d]+\b.*$", "", text)
     text = re.sub(r"(?m)^\s*THE END\s*$", "", text)
     text = re.sub(r"(?m)^([A-Z][A-Z' ]+)\.?[ ]*$", r"\1:", text)
     text = re.sub(r"(?m)^[ \t]+|[ \t]+$", "", text)

@@ -1,0 +1,23 @@
+import functools
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.lift import lift
+from tools import cookbook
+
+os.environ.setdefault("CLEARML_OFFLINE_MODE", "1")  # no test reports to a server of the person who runs it
+
+
+@functools.cache
+def lifted(number):
+    return lift(cookbook.find(number)[0])
+
+
+@pytest.fixture(scope="session")
+def nb07():
+    """The definitions of notebook 07."""
+    return lifted("07")

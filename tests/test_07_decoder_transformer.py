@@ -1,0 +1,691 @@
+"""Notebook 07 against independent implementations: transformers, NLTK, SciPy, closed forms and plain loops."""
+
+import itertools
+import math
+import types
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+
+V = 11
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def small(nb07):
+    """A small run with more than one head, layer and RoPE pair."""
+    return nb07.Run(n_layer=2, n_head=2, d_model=16, context=12, batch_size=4, steps=30, warmup=5)
+
+
+@pytest.fixture(scope="module")
+def corpus(nb07):
+    """A text with structure that a small model can learn."""
+    words = "the cat sat on a mat and ate the rat".split()
+    text = " ".join(np.random.default_rng(0).choice(words, 1500))
+    return nb07.make_corpus(text)
+
+
+def model_of(nb07, run, **changes):
+    """A model in float64 whose gains are no longer one."""
+    model = nb07.Transformer(replace(run, **changes), V).double().eval()
+    for p in model.parameters():
+        if p.ndim == 1:
+            torch.nn.init.normal_(p, mean=1.0, std=0.3)
+    return model
+
+
+# --- positions
+
+
+def rotation_matrix(position, width, base):
+    """The block-diagonal matrix of RoFormer's eq. 15."""
+    matrix = torch.zeros(width, width, dtype=torch.float64)
+    for j in range(width // 2):
+        angle = position * base ** (-2 * j / width)
+        cos, sin = math.cos(angle), math.sin(angle)
+        matrix[2 * j : 2 * j + 2, 2 * j : 2 * j + 2] = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
+    return matrix
+
+
+@pytest.mark.parametrize("base", [10_000.0, 500.0])
+def test_rope_is_the_rotation_matrix(nb07, base):
+    x, positions = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.tensor([0, 1, 7, 100, 4095])
+    expected = torch.stack([x[:, :, i] @ rotation_matrix(m.item(), 8, base).T for i, m in enumerate(positions)], 2)
+    torch.testing.assert_close(nb07.apply_rope(x, positions, base), expected, rtol=0, atol=1e-12)
+
+
+def test_rope_against_transformers(nb07):
+    """Llama rotates (i, i + d/2); the same after moving the pairs there."""
+    q, k, positions = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 9, 16), torch.arange(3, 12)
+    angle = positions[:, None] * 10_000.0 ** (-torch.arange(0, 16, 2) / 16)
+    cos, sin = torch.cat([angle, angle], -1).cos()[None], torch.cat([angle, angle], -1).sin()[None]
+    halves = lambda x: torch.cat([x[..., 0::2], x[..., 1::2]], -1)
+    for ours, theirs in zip((q, k), apply_rotary_pos_emb(halves(q), halves(k), cos, sin), strict=True):
+        torch.testing.assert_close(halves(nb07.apply_rope(ours, positions)), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_rope_depends_on_relative_position_only_and_keeps_lengths(nb07):
+    q, k = torch.randn(2, 1, 1, 1, 32, dtype=torch.float64)
+    at = lambda x, m: nb07.apply_rope(x, torch.tensor([m]))
+    for shift in (1, 17, 100_000):
+        torch.testing.assert_close((at(q, 9) * at(k, 4)).sum(), (at(q, 9 + shift) * at(k, 4 + shift)).sum(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(at(q, 123).norm(), q.norm())
+    assert torch.equal(at(q, 0), q)
+
+
+def test_rope_types_strides_and_gradients(nb07):
+    positions = torch.arange(6)
+    for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
+        x = torch.randn(1, 2, 6, 8).to(dtype)
+        rotated = nb07.apply_rope(x, positions)
+        assert rotated.dtype == dtype
+        torch.testing.assert_close(rotated.double(), nb07.apply_rope(x.double(), positions), rtol=0, atol=tolerance)
+    wide = torch.randn(6, 2, 1, 9, dtype=torch.float64)[..., 1:].transpose(0, 2)  # odd offset, odd strides
+    torch.testing.assert_close(nb07.apply_rope(wide, positions), nb07.apply_rope(wide.contiguous(), positions))
+    torch.autograd.gradcheck(lambda x: nb07.apply_rope(x, positions), torch.randn(1, 1, 6, 4, dtype=torch.float64, requires_grad=True))
+
+
+def test_rope_is_exact_far_away(nb07):
+    """float32 angles at a million are off by 0.03; the table is made in float64."""
+    x = torch.randn(1, 1, 1, 4)
+    expected = x[0, 0, 0].double() @ rotation_matrix(1_000_003, 4, 10_000.0).T
+    torch.testing.assert_close(nb07.apply_rope(x, torch.tensor([1_000_003]))[0, 0, 0].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_rope_refuses_bad_input(nb07):
+    with pytest.raises(ValueError, match="even width"):
+        nb07.apply_rope(torch.randn(1, 1, 3, 5), torch.arange(3))
+    with pytest.raises(ValueError, match="3 tokens need as many positions"):
+        nb07.apply_rope(torch.randn(1, 1, 3, 4), torch.arange(2))
+
+
+# --- parts of the model
+
+
+def test_attention_formula_against_a_loop(nb07):
+    q, k, v = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64)
+    expected = torch.zeros_like(v)
+    for b, h, m in itertools.product(range(2), range(2), range(5)):
+        weights = torch.stack([(q[b, h, m] @ k[b, h, n] / 2).exp() for n in range(m + 1)])
+        expected[b, h, m] = sum(w * v[b, h, n] for n, w in enumerate(weights / weights.sum()))
+    torch.testing.assert_close(nb07.attention(q, k, v), expected)
+
+
+def test_self_attention_against_pytorch(nb07, small):
+    """nn.MultiheadAttention with the same weights."""
+    ours = nb07.CausalSelfAttention(small).double()
+    theirs = torch.nn.MultiheadAttention(16, 2, bias=False, batch_first=True, dtype=torch.float64)
+    theirs.in_proj_weight.data, theirs.out_proj.weight.data = ours.qkv.weight.data, ours.out.weight.data
+    x = torch.randn(3, 7, 16, dtype=torch.float64)
+    future = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(ours(x), theirs(x, x, x, attn_mask=future, need_weights=False)[0])
+
+
+def test_rmsnorm_against_pytorch_and_transformers(nb07):
+    x = torch.randn(4, 5, 24) * torch.tensor([1e-4, 1.0, 100.0, 1.0])[:, None, None]
+    ours, theirs = nb07.RMSNorm(24), LlamaRMSNorm(24, eps=1e-6)
+    torch.nn.init.normal_(ours.gain)
+    theirs.weight.data = ours.gain.data
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(x), F.rms_norm(x, (24,), ours.gain, 1e-6), rtol=1e-5, atol=1e-6)
+    assert ours(torch.zeros(2, 24)).isfinite().all()
+
+
+def test_swiglu_against_transformers(nb07):
+    ours = nb07.SwiGLU(48)
+    hidden = ours.gate.out_features
+    assert hidden == 128  # 8/3 * 48, a multiple of 64
+    theirs = LlamaMLP(LlamaConfig(hidden_size=48, intermediate_size=hidden, num_attention_heads=4))
+    for name, weight in (("gate_proj", ours.gate.weight), ("up_proj", ours.up.weight), ("down_proj", ours.out.weight)):
+        getattr(theirs, name).weight.data = weight.data
+    x = torch.randn(3, 48)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(8, 64), (128, 320), (192, 512), (384, 1024)])
+def test_swiglu_width(nb07, width, hidden):
+    assert nb07.SwiGLU(width).gate.out_features == hidden
+
+
+def interleaved_to_halves(weight, n_head):
+    """Rows of a query or key projection, moved from neighbouring pairs to Llama's halves."""
+    rows = weight.view(n_head, -1, 2, weight.shape[1])
+    return rows.transpose(1, 2).reshape(weight.shape)
+
+
+def test_whole_model_against_llama(nb07, small):
+    """transformers' Llama with our weights gives our logits: blocks, RoPE, norms, tying, scale of the embedding."""
+    model = model_of(nb07, small)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        rms_norm_eps=1e-6,
+        rope_theta=10_000.0,
+        tie_word_embeddings=False,
+    )
+    llama = LlamaForCausalLM(config).double().eval()
+    embedding = model.embedding.weight
+    state = {"model.embed_tokens.weight": embedding * 4.0, "lm_head.weight": embedding, "model.norm.weight": model.norm.gain}
+    for i, block in enumerate(model.blocks):
+        q, k, v = block.attention.qkv.weight.chunk(3)
+        weights = {
+            "self_attn.q_proj": interleaved_to_halves(q, 2),
+            "self_attn.k_proj": interleaved_to_halves(k, 2),
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": block.attention.out.weight,
+            "mlp.gate_proj": block.network.gate.weight,
+            "mlp.up_proj": block.network.up.weight,
+            "mlp.down_proj": block.network.out.weight,
+            "input_layernorm": block.norms[0].gain,
+            "post_attention_layernorm": block.norms[1].gain,
+        }
+        state |= {f"model.layers.{i}.{name}.weight": weight for name, weight in weights.items()}
+    llama.load_state_dict(state)
+    tokens = torch.randint(V, (3, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), llama(tokens).logits, rtol=1e-4, atol=1e-5)  # Llama's cosines are in float32
+
+
+def test_baseline_against_gpt2(nb07, small):
+    """transformers' GPT-2 with our weights and zero biases gives the logits of the nanoGPT variant."""
+    model = model_of(nb07, small, block="gpt2", position="learned", init="nanogpt")
+    config = GPT2Config(
+        vocab_size=V,
+        n_positions=12,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        activation_function="gelu",
+        tie_word_embeddings=False,
+    )
+    gpt2 = GPT2LMHeadModel(config).double().eval()
+    state = {name: torch.zeros_like(value) if name.endswith("bias") else value for name, value in gpt2.state_dict().items()}
+    state |= {
+        "transformer.wte.weight": model.embedding.weight,
+        "lm_head.weight": model.embedding.weight,
+        "transformer.wpe.weight": model.position,
+        "transformer.ln_f.weight": model.norm.weight,
+    }
+    for i, block in enumerate(model.blocks):
+        weights = {
+            "attn.c_attn": block.attention.qkv.weight.T,
+            "attn.c_proj": block.attention.out.weight.T,
+            "mlp.c_fc": block.network.up.weight.T,
+            "mlp.c_proj": block.network.out.weight.T,
+            "ln_1": block.norms[0].weight,
+            "ln_2": block.norms[1].weight,
+        }
+        state |= {f"transformer.h.{i}.{name}.weight": weight for name, weight in weights.items()}
+    gpt2.load_state_dict(state)
+    tokens = torch.randint(V, (3, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), gpt2(tokens).logits)
+
+
+@pytest.mark.parametrize("position", ["none", "learned", "rope"])
+def test_no_leak_from_the_future(nb07, small, position):
+    model = model_of(nb07, small, position=position)
+    tokens = torch.randint(V, (1, 12))
+    for t in range(12):
+        changed = tokens.clone()
+        changed[0, t] = (changed[0, t] + 1) % V
+        moved = (model(tokens) - model(changed)).abs().amax(-1)[0] > 1e-12
+        assert not moved[:t].any()
+        assert moved[t:].all()
+
+
+@pytest.mark.parametrize("position", ["none", "learned", "rope"])
+def test_only_position_encodings_see_order(nb07, small, position):
+    """Without an encoding the last logits of one layer do not change when earlier tokens swap places."""
+    model = model_of(nb07, small, position=position, n_layer=1)
+    tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    same = torch.allclose(model(tokens)[0, -1], model(tokens[:, [2, 0, 3, 1, 4]])[0, -1])
+    assert same == (position == "none")
+
+
+def test_initialisation(nb07):
+    run = nb07.Run(n_layer=8, n_head=4, d_model=128, context=64)
+    model = nb07.Transformer(run, 65)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for block in model.blocks:
+        assert block.attention.qkv.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+        assert block.attention.out.weight.std().item() == pytest.approx(128**-0.5 / 4, rel=0.05)
+        assert block.network.gate.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+        assert block.network.out.weight.std().item() == pytest.approx(320**-0.5 / 4, rel=0.05)
+    theirs = nb07.Transformer(replace(run, init="nanogpt", block="gpt2", position="learned"), 65)
+    assert theirs.position.std().item() == pytest.approx(0.02, rel=0.05)
+    assert theirs.blocks[3].network.out.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    for m in (model, theirs):
+        loss = F.cross_entropy(m(torch.randint(65, (16, 64))).flatten(0, 1), torch.randint(65, (16 * 64,)))
+        assert loss.item() == pytest.approx(math.log(65), abs=0.1)
+
+
+def test_weights_are_tied(nb07, small):
+    model = nb07.Transformer(small, V)
+    per_layer = 4 * 16 * 16 + 3 * 16 * 64 + 2 * 16
+    assert sum(p.numel() for p in model.parameters()) == V * 16 + 2 * per_layer + 16
+    model(torch.zeros(1, 3, dtype=torch.long))[..., 1:].sum().backward()
+    assert model.embedding.weight.grad[5].abs().sum() > 0  # token 5 is no input; its gradient comes from the output
+
+
+def test_model_refuses_bad_input(nb07, small):
+    with pytest.raises(ValueError, match="13 tokens exceed the context of 12"):
+        nb07.Transformer(small, V)(torch.zeros(1, 13, dtype=torch.long))
+    with pytest.raises(ValueError, match="position 'sinus' is unknown"):
+        nb07.Transformer(replace(small, position="sinus"), V)
+    with pytest.raises(ValueError, match="no multiple of n_head"):
+        nb07.Transformer(replace(small, n_head=3), V)
+
+
+def test_dropout_acts_in_training_only(nb07, small):
+    model, tokens = nb07.Transformer(replace(small, dropout=0.5), V), torch.randint(V, (2, 12))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_extended_takes_longer_inputs(nb07, small):
+    for position in ("rope", "none", "learned"):
+        model = model_of(nb07, small, position=position)
+        longer, tokens = nb07.extended(model, 20), torch.randint(V, (1, 20))
+        torch.testing.assert_close(longer(tokens)[:, :12], model(tokens[:, :12]))
+        assert model.context == 12
+        assert longer(tokens).shape == (1, 20, V)
+
+
+# --- data
+
+
+def test_vocabulary(nb07):
+    vocabulary = nb07.Vocabulary("hello\n")
+    assert len(vocabulary) == 5
+    assert vocabulary.encode("ole\n").tolist() == [4, 3, 1, 0]
+    assert vocabulary.decode(vocabulary.encode("hello")) == "hello"
+    assert vocabulary.encode("").shape == (0,)
+    with pytest.raises(ValueError, match=r"unknown characters \['x', 'z'\]"):
+        vocabulary.encode("hexz")
+
+
+def test_corpus_is_split_without_overlap(nb07):
+    text = "".join(chr(33 + i % 90) for i in range(1000))
+    corpus = nb07.make_corpus(text)
+    assert corpus.vocabulary.decode(corpus.train) + corpus.vocabulary.decode(corpus.validation) == text
+    assert len(corpus.train) == 900
+
+
+def test_ngram_loss_against_a_dictionary(nb07):
+    train, validation = torch.randint(4, (500,)), torch.randint(4, (60,))
+    for order in (1, 2, 3):
+        counts = defaultdict(Counter)
+        for i in range(order - 1, 500):
+            counts[tuple(train[i - order + 1 : i].tolist())][train[i].item()] += 1
+        losses = []
+        for i in range(order - 1, 60):
+            history = counts[tuple(validation[i - order + 1 : i].tolist())]
+            losses.append(-math.log((history[validation[i].item()] + 0.1) / (history.total() + 0.4)))
+        assert nb07.ngram_loss(train, validation, order, 4) == pytest.approx(np.mean(losses))
+
+
+def test_batches(nb07, small):
+    tokens = torch.arange(40)
+    x, y = nb07.draw_batch(tokens, replace(small, batch_size=500), torch.Generator().manual_seed(1))
+    assert x.shape == y.shape == (500, 12)
+    assert torch.equal(y, x + 1)
+    assert torch.equal(x[:, 1:], x[:, :-1] + 1)
+    assert (x[:, 0].min(), y[:, -1].max()) == (0, 39)  # all of the text is used
+    again = nb07.draw_batch(tokens, replace(small, batch_size=500), torch.Generator().manual_seed(1))
+    assert torch.equal(x, again[0])
+
+
+# --- training
+
+
+def test_learning_rate(nb07):
+    run = nb07.Run(steps=1100, warmup=100, learning_rate=2.0, final_rate=0.1)
+    rates = [nb07.learning_rate(step, run) for step in range(1101)]
+    assert rates[0] == pytest.approx(0.02)
+    assert rates[99] == rates[100] == pytest.approx(2.0)
+    assert rates[600] == pytest.approx(2.0 * 0.55)  # half of the way
+    assert rates[350] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2))  # a quarter
+    assert rates[1100] == pytest.approx(0.2)
+    assert all(a > b for a, b in itertools.pairwise(rates[100:]))
+    assert nb07.learning_rate(0, replace(run, warmup=0)) == pytest.approx(2.0)
+
+
+def test_optimizer_decays_matrices_only(nb07, small):
+    model = nb07.Transformer(replace(small, position="learned"), V)
+    optimizer = nb07.make_optimizer(model, small)
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    assert all(decay[p] == (0.1 if p.ndim == 2 else 0.0) for p in model.parameters())
+    assert optimizer.defaults["fused"]
+    assert optimizer.defaults["betas"] == (0.9, 0.99)
+
+
+def test_loss_by_position_against_a_loop(nb07, small):
+    model, tokens = model_of(nb07, small), torch.randint(V, (100,))
+    for stride in (None, 5):
+        starts = range(0, 100 - 12, stride or 12)
+        windows = torch.stack([tokens[i : i + 13] for i in starts])
+        p = torch.stack([model(w[None, :-1])[0].log_softmax(-1) for w in windows])  # (W, 12, V)
+        expected = -p.gather(-1, windows[:, 1:, None])[..., 0].mean(0)
+        loss, accuracy = nb07.loss_by_position(model, tokens, 12, stride)
+        np.testing.assert_allclose(loss, expected.detach(), rtol=1e-5)
+        np.testing.assert_allclose(accuracy, (p.argmax(-1) == windows[:, 1:]).double().mean(0))
+    model.train()
+    nb07.loss_by_position(model, tokens, 12)
+    assert model.training
+
+
+def test_training_learns(nb07, small, corpus):
+    curves = []
+    run = replace(small, steps=200, learning_rate=1e-2)
+    model, log = nb07.train(run, corpus, seed=0, eval_every=50, report=lambda *point: curves.append(point))
+    assert log["step"] == [50, 100, 150, 200]
+    assert log["train"][-1] < 0.5 * math.log(len(corpus.vocabulary))
+    assert log["validation"][-1] < 0.5 * math.log(len(corpus.vocabulary))
+    assert curves[0] == ("train", log["train"][0], 50)
+    assert len(curves) == 8
+    assert nb07.tokens_per_second(run, log) > 0
+    assert model.training
+
+
+def test_tokens_per_second(nb07, small):
+    log = {"step": [10, 20, 30, 35], "seconds": [100.0, 2.0, 1.0, 1.0]}  # the first stretch holds the compilation
+    assert nb07.tokens_per_second(small, log) == pytest.approx(5 * 4 * 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains(nb07, small, corpus, dtype):
+    """The loop of a GPU, loss scaler included, on a CPU."""
+    run = replace(small, steps=60, learning_rate=1e-2, dropout=0.1)
+    full, _ = nb07.train(run, corpus, seed=0, eval_every=60)
+    model, log = nb07.train(run, corpus, seed=0, eval_every=60, dtype=dtype)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert log["validation"][-1] < 2.2
+    assert not torch.equal(model.embedding.weight, full.embedding.weight)
+
+
+def test_gradients_are_clipped(nb07, small, corpus, monkeypatch):
+    seen = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def watch(parameters, limit):
+        parameters = list(parameters)
+        seen.append(clip(parameters, limit).item())
+        assert torch.cat([p.grad.flatten() for p in parameters]).norm() <= limit * 1.001
+        return seen[-1]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
+    nb07.train(replace(small, steps=5, clip=0.01), corpus, seed=0)
+    assert len(seen) == 5
+    assert min(seen) > 0.01
+
+
+def test_divergence_is_named(nb07, small, corpus):
+    with pytest.raises(RuntimeError, match=r"diverged before step 2.*lower learning_rate"):
+        nb07.train(replace(small, steps=2, warmup=0, learning_rate=float("inf")), corpus, seed=0)
+
+
+def test_seeds_make_runs(nb07, small, corpus):
+    a, b, c = (nb07.train(replace(small, steps=5), corpus, seed)[0].embedding.weight for seed in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_checkpoint_path_is_of_one_run(nb07, small, corpus):
+    paths = {nb07.checkpoint_path("c", run, corpus, seed, 10) for run in (small, replace(small, steps=31)) for seed in (0, 1)}
+    assert len(paths) == 4
+    assert nb07.checkpoint_path("c", small, corpus, 0, 10) in paths
+
+
+# --- sampling
+
+
+def nucleus_by_loop(logits, top_p):
+    p = logits.softmax(-1).tolist()
+    kept, total = set(), 0.0
+    for i in sorted(range(len(p)), key=p.__getitem__, reverse=True):
+        kept.add(i)
+        total += p[i]
+        if total >= top_p:
+            break
+    return kept
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+def test_nucleus_against_transformers_and_a_loop(nb07, top_p):
+    logits = torch.randn(300, 40, dtype=torch.float64) * 3
+    ours = nb07.nucleus_filter(logits, top_p)
+    assert torch.equal(ours, TopPLogitsWarper(top_p)(None, logits))
+    for row, filtered in zip(logits[:50], ours, strict=False):
+        assert set(filtered.isfinite().nonzero().flatten().tolist()) == nucleus_by_loop(row, top_p)
+
+
+def test_nucleus_shapes_and_edges(nb07):
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    assert nb07.nucleus_filter(logits, 0.5).isfinite().tolist() == [True, False, False, False]
+    assert nb07.nucleus_filter(logits, 0.5001).isfinite().tolist() == [True, True, False, False]
+    assert nb07.nucleus_filter(logits.flip(0), 0.7).isfinite().tolist() == [False, False, True, True]
+    assert torch.equal(nb07.nucleus_filter(logits, 1.0), logits)
+    assert nb07.nucleus_filter(torch.zeros(2, 3, 5), 1e-9).isfinite().sum(-1).eq(1).all()
+    masked = torch.tensor([0.0, -math.inf, -1.0])
+    assert nb07.nucleus_filter(masked, 0.99).isfinite().tolist() == [True, False, True]
+    for bad in (0, -0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"top_p must lie in \(0, 1\]"):
+            nb07.nucleus_filter(logits, bad)
+
+
+def test_top_k_against_transformers(nb07):
+    logits = torch.randn(50, 20)
+    for k in (1, 5, 20):
+        assert torch.equal(nb07.top_k_filter(logits, k), TopKLogitsWarper(k)(None, logits))
+    assert torch.equal(nb07.top_k_filter(logits, 99), logits)
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        nb07.top_k_filter(logits, 0)
+
+
+@pytest.mark.parametrize("position", ["none", "learned", "rope"])
+@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 4, 1, 2]])
+def test_cache_gives_the_same_logits(nb07, small, position, pieces):
+    model, tokens = model_of(nb07, small, position=position), torch.randint(V, (3, 12))
+    cache = nb07.KVCache(model, 3)
+    with torch.no_grad():
+        logits = torch.cat([model(piece, cache) for piece in tokens.split(pieces, 1)], 1)
+        torch.testing.assert_close(logits, model(tokens), rtol=0, atol=1e-12)
+    assert cache.length == 12
+    with pytest.raises(ValueError, match="13 tokens exceed the context"):
+        model(tokens[:, :1], cache)
+
+
+def visible_window(length, context):
+    """Where the window begins: it moves on by half a context as often as needed."""
+    start = 0
+    while length - start > context:
+        start += context // 2
+    return start
+
+
+@pytest.mark.parametrize("prompt_length", [1, 11, 12, 13, 40])
+def test_greedy_generation_against_a_loop(nb07, small, prompt_length):
+    """Through several moves of the window, with and without the cache."""
+    model, tokens = model_of(nb07, small), torch.randint(V, (2, prompt_length))
+    expected = tokens
+    for _ in range(30):
+        window = expected[:, visible_window(expected.shape[1], 12) :]
+        expected = torch.cat([expected, model(window)[:, -1].argmax(-1, keepdim=True)], 1)
+    for use_cache in (True, False):
+        assert torch.equal(nb07.generate(model, tokens, 30, temperature=0, use_cache=use_cache), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 3}, {"temperature": 1.3, "top_k": 6, "top_p": 0.9}]
+)
+def test_sampling_is_the_same_with_and_without_cache(nb07, small, options):
+    model, tokens = model_of(nb07, small), torch.randint(V, (4, 3))
+    draw = lambda use_cache: nb07.generate(model, tokens, 25, use_cache=use_cache, generator=torch.Generator().manual_seed(3), **options)
+    assert torch.equal(draw(True), draw(False))
+    assert draw(True).shape == (4, 28)
+    assert torch.equal(draw(True)[:, :3], tokens)
+
+
+@pytest.mark.parametrize(("options", "filtered"), [
+    ({"temperature": 0.5}, lambda nb, z: z / 0.5),
+    ({"temperature": 2.0, "top_p": 0.6}, lambda nb, z: nb.nucleus_filter(z / 2.0, 0.6)),  # temperature first
+    ({"top_k": 4}, lambda nb, z: nb.top_k_filter(z, 4)),
+])  # fmt: skip
+def test_sampled_frequencies(nb07, small, options, filtered):
+    """First tokens of 20,000 texts against the distribution they are drawn from."""
+    model = model_of(nb07, small)
+    model.embedding.weight.data *= 15  # logits far from uniform
+    prompt = torch.tensor([[1, 2, 3]])
+    p = filtered(nb07, model(prompt)[:, -1].float())[0].softmax(-1).detach().numpy()
+    tokens = nb07.generate(model, prompt.expand(20_000, -1), 1, generator=torch.Generator().manual_seed(0), **options)[:, -1]
+    counts = np.bincount(tokens, minlength=V)
+    assert counts[p == 0].sum() == 0
+    likely = p * 20_000 > 5
+    chi2 = ((counts - p * 20_000) ** 2 / (p * 20_000 + 1e-9))[likely].sum()
+    assert chi2 < scipy.stats.chi2.ppf(0.9999, max(1, likely.sum() - 1))
+    assert likely.sum() > 1
+
+
+def test_generation_edges(nb07, small):
+    model, prompt = model_of(nb07, small).train(), torch.tensor([[4, 2]])
+    assert torch.equal(nb07.generate(model, prompt, 0), prompt)
+    assert model.training
+    greedy = nb07.generate(model, prompt, 10, temperature=0)
+    assert torch.equal(nb07.generate(model, prompt, 10, top_k=1), greedy)
+    assert torch.equal(nb07.generate(model, prompt, 10, top_p=1e-6), greedy)
+    assert torch.equal(nb07.generate(model, prompt, 10, temperature=1e-4), greedy)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"tokens": torch.zeros(1, 0, dtype=torch.long)}, "begin with a newline"),
+    ({"tokens": torch.zeros(3, dtype=torch.long)}, r"tokens \(B, T\)"),
+    ({"temperature": -0.5}, "must not be negative"),
+    ({"n_new": -1}, "must not be negative"),
+    ({"top_p": 0.0}, "top_p must lie in"),
+    ({"top_p": 1.5}, "top_p must lie in"),
+    ({"top_k": 0}, "top_k must be at least 1"),
+])  # fmt: skip
+def test_generate_refuses_bad_input(nb07, small, arguments, message):
+    model = model_of(nb07, small)
+    with pytest.raises(ValueError, match=message):
+        nb07.generate(model, **{"tokens": torch.zeros(1, 2, dtype=torch.long), "n_new": 3, **arguments})
+
+
+# --- measures of text
+
+
+def random_texts(count, generator, vocabulary=8):
+    return [[f"w{generator.integers(vocabulary)}" for _ in range(generator.integers(3, 25))] for _ in range(count)]
+
+
+def test_self_bleu_against_nltk(nb07):
+    generator = np.random.default_rng(0)
+    smooth = SmoothingFunction().method1
+    for vocabulary in (2, 6, 40):
+        texts = random_texts(9, generator, vocabulary)
+        expected = np.mean([sentence_bleu(texts[:i] + texts[i + 1 :], t, smoothing_function=smooth) for i, t in enumerate(texts)])
+        assert nb07.self_bleu(texts) == pytest.approx(expected)
+    assert nb07.self_bleu([["a", "b", "c", "d", "e"]] * 3) == pytest.approx(1.0)
+    assert nb07.self_bleu([["a"] * 6, ["b"] * 6]) == 0.0
+
+
+def test_zipf_against_scipy(nb07):
+    texts = random_texts(30, np.random.default_rng(1), 12)
+    frequency = np.array(sorted(Counter(t for text in texts for t in text).values(), reverse=True))
+    for top in (5000, 5):
+        expected = -scipy.stats.linregress(np.log(np.arange(1, len(frequency[:top]) + 1)), np.log(frequency[:top])).slope
+        assert nb07.zipf_coefficient(texts, top) == pytest.approx(expected)
+    assert nb07.zipf_coefficient([["a", "a"]]) == 0.0
+
+
+def test_loops(nb07):
+    """A text that ends in a phrase of three or more tokens, said at least twice (or 50 times a shorter one)."""
+    assert nb07.loops("x y a b c a b c".split())
+    assert not nb07.loops("x y a b c a b d".split())
+    assert not nb07.loops("a b c a b c x".split())
+    assert not nb07.loops("x a b a b".split())
+    assert not nb07.loops(["x"] + ["a"] * 50)
+    assert nb07.loops(["x"] + ["a"] * 51)
+    assert nb07.loops(["a"] + [str(i) for i in range(90)] * 2)
+    assert not nb07.loops([str(i) for i in range(91)] * 2)
+    assert not nb07.loops([])
+
+
+def test_distinct_and_words(nb07):
+    assert nb07.distinct([["a", "b", "a", "b"], ["a", "b"]]) == pytest.approx(2 / 4)
+    assert nb07.distinct([["a"]]) == 0.0
+    assert nb07.words("First, we've\nspok'n: O! and the la") == ["first", ",", "we've", "spok'n", ":", "o", "!", "and", "the"]
+    assert nb07.words("the end.") == ["the", "end", "."]
+
+
+def test_perplexity(nb07, small):
+    """Within the context against the plain loss, beyond it against windows with at least half a context of history."""
+    model, tokens = model_of(nb07, small), torch.randint(V, (2, 31))
+    short = F.cross_entropy(model(tokens[:, :8])[:, 2:].transpose(1, 2), tokens[:, 3:9], reduction="mean").exp()
+    assert nb07.perplexity(model, tokens[:, :9], 3) == pytest.approx(short.item(), rel=1e-5)
+    losses = []
+    for t in range(8, 31):
+        begin = max(0, 8 + (t - 8) // 6 * 6 - 6)
+        losses.append(F.cross_entropy(model(tokens[:, begin:t])[:, -1], tokens[:, t], reduction="none"))
+    assert nb07.perplexity(model, tokens, 8) == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-5)
+
+
+def test_judge(nb07, small):
+    vocabulary = nb07.Vocabulary(" .abcdefghi")
+    tokens = torch.stack([vocabulary.encode("abc. had a bad hd. a"), vocabulary.encode("abc. a bad hag. hi a")])
+    measures = nb07.judge(model_of(nb07, small), tokens, 5, vocabulary, known={"had", "a", "bad", "hi"})
+    assert measures["known words"] == pytest.approx(6 / 8)
+    assert measures["repetition"] == 0
+    assert list(measures) == ["perplexity", "self-BLEU", "Zipf", "repetition", "distinct-2", "known words"]
+
+
+def test_excerpts(nb07):
+    windows = nb07.excerpts(torch.arange(100), 50, 10, seed=1)
+    assert windows.shape == (50, 10)
+    assert torch.equal(windows - windows[:, :1], torch.arange(10).expand(50, 10))
+    assert torch.equal(windows, nb07.excerpts(torch.arange(100), 50, 10, seed=1))
+
+
+def test_tables(nb07):
+    mean, std = nb07.mean_std([1.0, 2.0, 4.0])
+    assert (mean, std) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
+    assert nb07.mean_std([5.0])[1] == 0
+    assert nb07.mean_and_std([1000.0, 2000.0], 1) == "1,500.0 ± 707.1"
+    assert nb07.markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_presets_keep_the_yardsticks(nb07):
+    """The budgets that nanoGPT's README states its losses for."""
+    for preset in ("cpu", "gpu"):
+        run = nb07.PRESETS[preset].compare
+        assert (run.n_layer, run.n_head, run.d_model, run.context, run.batch_size, run.steps, run.dropout) == (4, 4, 128, 64, 12, 2000, 0)
+    run = nb07.PRESETS["gpu"].long
+    assert (run.n_layer, run.n_head, run.d_model, run.context, run.batch_size, run.steps, run.dropout) == (6, 6, 384, 256, 64, 5000, 0.2)
+    assert nb07.RECIPES["nanoGPT"] == {"block": "gpt2", "position": "learned", "init": "nanogpt", "learning_rate": 1e-3}
+    assert all(nb07.PRESETS[preset].seeds >= 3 for preset in ("cpu", "gpu"))
+
+
+def test_amp_dtype(nb07, monkeypatch):
+    """bfloat16 only where it is native: a T4 (7.5) emulates it."""
+    assert nb07.amp_dtype(types.SimpleNamespace(type="cpu")) == torch.float32
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert nb07.amp_dtype(types.SimpleNamespace(type="cuda")) == dtype

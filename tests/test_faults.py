@@ -1,0 +1,211 @@
+"""Runs that are interrupted, data that are missing or damaged: nothing is lost, and the error says what to do."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+from tests import execute
+from tools import cookbook
+
+FULL_TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
+
+
+@pytest.fixture
+def text07(nb07, monkeypatch):
+    """Notebook 07 with a short text in the place of tiny-shakespeare, and its sha256."""
+    import hashlib
+
+    monkeypatch.setitem(nb07.TEXT_SHA256, "tinyshakespeare.txt", hashlib.sha256(FULL_TEXT).hexdigest())
+    monkeypatch.setitem(nb07.TEXT_SHA256, "shakespeare.txt", hashlib.sha256(FULL_TEXT.upper()).hexdigest())
+    return nb07
+
+
+@pytest.fixture
+def web():
+    """URL of a server on the loopback interface: /right sends the text, /wrong half of it, everything else 404."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = {"/right": FULL_TEXT, "/wrong": FULL_TEXT[:20]}.get(self.path)
+            self.send_response(200 if body else 404)
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+# --- data of notebook 07
+
+
+def test_mirrors_are_tried_in_order_and_checked(text07, web, tmp_path, capsys):
+    path = tmp_path / "new" / "tinyshakespeare.txt"
+    assert text07.download(path, (f"{execute.NOWHERE}/x", f"{web}/gone", f"{web}/wrong", f"{web}/right"))
+    assert path.read_bytes() == FULL_TEXT
+    said = capsys.readouterr().out
+    assert said.count("no answer from") == 2
+    assert "sent something else (20 bytes)" in said
+
+
+def test_nothing_is_written_without_the_right_bytes(text07, web, tmp_path):
+    path = tmp_path / "tinyshakespeare.txt"
+    assert not text07.download(path, (f"{web}/wrong", f"{execute.NOWHERE}/x"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_text_comes_first(text07, tmp_path, monkeypatch):
+    monkeypatch.setattr(text07, "download", lambda path: pytest.fail("asked the network"))
+    (tmp_path / "tinyshakespeare.txt").write_bytes(FULL_TEXT)
+    (tmp_path / "shakespeare.txt").write_bytes(FULL_TEXT.upper())
+    assert text07.load_text(tmp_path, "cpu") == FULL_TEXT.decode()
+
+
+def test_embedded_text_without_a_network(text07, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text07, "download", lambda path: False)
+    (tmp_path / "shakespeare.txt").write_bytes(FULL_TEXT.upper())
+    assert text07.load_text(tmp_path, "cpu") == FULL_TEXT.decode().upper()
+    assert "EMBEDDED TEXT" in capsys.readouterr().out
+
+
+def test_smoke_with_embedded_text_asks_no_network(text07, tmp_path, monkeypatch):
+    monkeypatch.setattr(text07, "download", lambda path: pytest.fail("asked the network"))
+    (tmp_path / "shakespeare.txt").write_bytes(FULL_TEXT.upper())
+    assert text07.load_text(tmp_path, "smoke") == FULL_TEXT.decode().upper()
+
+
+def test_no_text_at_all(text07, tmp_path, monkeypatch):
+    monkeypatch.setattr(text07, "download", lambda path: False)
+    with pytest.raises(FileNotFoundError, match=r"save https://.* as .*tinyshakespeare.txt, or point COOKBOOK_DATA"):
+        text07.load_text(tmp_path, "smoke")
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare.txt", "shakespeare.txt"])
+def test_a_truncated_text_is_named(text07, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(text07, "download", lambda path: False)
+    (tmp_path / name).write_bytes(FULL_TEXT[:30])
+    with pytest.raises(ValueError, match=rf"{name} is corrupt or incomplete \(30 bytes\): delete it"):
+        text07.load_text(tmp_path, "cpu")
+
+
+# --- interrupted runs of notebook 07
+
+
+@pytest.fixture(scope="module")
+def run07(nb07):
+    return nb07.Run(n_layer=2, n_head=2, d_model=16, context=16, batch_size=4, steps=40, warmup=5, dropout=0.2)
+
+
+@pytest.fixture(scope="module")
+def corpus07(nb07):
+    return nb07.make_corpus("to be, or not to be: that is the question. " * 60)
+
+
+def equal(first, second):
+    """Whether two (model, log) pairs are the same to the last bit; seconds aside."""
+    weights = zip(first[0].state_dict().values(), second[0].state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in weights) and all(first[1][key] == second[1][key] for key in ("step", "train", "validation"))
+
+
+def interrupt_at(step):
+    def report(series, value, now):
+        if now > step:
+            raise KeyboardInterrupt
+
+    return report
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_interrupted_training_resumes_to_the_same_numbers(nb07, run07, corpus07, tmp_path, dtype):
+    """Dropout, batches, optimiser, loss scaler and curves included."""
+    whole = nb07.train(run07, corpus07, 3, eval_every=10, dtype=dtype)
+    path = tmp_path / "c" / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path, save_every=0, report=interrupt_at(20), dtype=dtype)
+    torch.rand(7)  # whatever the restarted notebook has drawn before
+    steps = []
+    resumed = nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path, report=lambda *point: steps.append(point[2]), dtype=dtype)
+    assert min(steps) == 30
+    assert equal(whole, resumed)
+    assert equal(whole, nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path, dtype=dtype))  # finished: nothing left to do
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.lift import lift
+from tools import cookbook
+nb07 = lift(cookbook.find("07")[0])
+run = nb07.Run(n_layer=2, n_head=2, d_model=16, context=16, batch_size=4, steps=40, warmup=5, dropout=0.2)
+corpus = nb07.make_corpus("to be, or not to be: that is the question. " * 60)
+def report(series, value, step):
+    print(step, flush=True)
+    time.sleep(30 if step > 20 else 0)
+nb07.train(run, corpus, 3, eval_every=10, checkpoint=Path({path!r}), save_every=0, report=report)
+"""
+
+
+def test_killed_training_resumes_to_the_same_numbers(nb07, run07, corpus07, tmp_path):
+    path = tmp_path / "run.pt"
+    script = KILLED.format(root=str(cookbook.ROOT), path=str(path))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.strip() == "30":
+                os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert equal(nb07.train(run07, corpus07, 3, eval_every=10), nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path))
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(nb07, run07, corpus07, tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path, save_every=0, report=interrupt_at(20))
+    before = path.read_bytes()
+
+    def torn(state, target):
+        target.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path, save_every=0)
+    assert path.read_bytes() == before
+
+
+def test_another_run_does_not_take_up_the_checkpoint(nb07, run07, corpus07, tmp_path):
+    paths = [
+        nb07.checkpoint_path(tmp_path, run, corpus07, seed, 10) for run, seed in ((run07, 3), (replace(run07, dropout=0.0), 3), (run07, 4))
+    ]
+    assert len(set(paths)) == 3
+
+
+def test_a_damaged_checkpoint_is_named(nb07, run07, corpus07, tmp_path):
+    path = tmp_path / "run.pt"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"run.pt is damaged.*delete it"):
+        nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path)
+
+
+def test_checkpoints_hold_data_only(nb07, run07, corpus07, tmp_path):
+    """They load without unpickling code."""
+    path = tmp_path / "run.pt"
+    nb07.train(run07, corpus07, 3, eval_every=40, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    assert state["log"]["step"] == [40]
+    assert np.isfinite(state["log"]["train"]).all()
+    assert not path.with_suffix(".tmp").exists()
+    assert time.time() - path.stat().st_mtime < 600

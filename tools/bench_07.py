@@ -1,0 +1,152 @@
+"""Speed of notebook 07 on this machine: `make bench NB=07`.
+
+    python tools/bench_07.py [--sweep]
+
+Prints the time of a training step at nanoGPT's CPU budget (4 layers, 4 heads, width 128, context 64, batch 12) beside nanoGPT's own
+step, of decoding with and without the cache, and what ClearML's offline mode adds to a run. With NANOGPT=folder in the environment the
+peer is the code in that clone of nanoGPT; without it, its model and loop as rebuilt below. --sweep trains both blocks at three
+learning rates instead.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.lift import lift
+from tools import cookbook, sync_canon
+
+NB = lift(cookbook.find("07")[0])
+RUN = NB.Run()
+DATA = Path(os.environ.get("COOKBOOK_DATA", cookbook.ROOT / "data"))
+
+
+def our_step(corpus):
+    """The step of the notebook's loop."""
+    model = NB.Transformer(RUN, len(corpus.vocabulary))
+    optimizer, batches = NB.make_optimizer(model, RUN), torch.Generator().manual_seed(0)
+
+    def step():
+        x, y = NB.draw_batch(corpus.train, RUN, batches)
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), RUN.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peer_model(corpus):
+    """nanoGPT's model and optimiser: from its clone, or the same block and the unfused AdamW that it takes on a CPU."""
+    if "NANOGPT" in os.environ:
+        sys.path.insert(0, os.environ["NANOGPT"])
+        from model import GPT, GPTConfig
+
+        model = GPT(GPTConfig(block_size=64, vocab_size=len(corpus.vocabulary), n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False))
+        return model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu"), lambda x, y: model(x, y)[1]
+    model = NB.Transformer(replace(RUN, block="gpt2", position="learned", init="nanogpt"), len(corpus.vocabulary))
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim >= 2) == decayed], "weight_decay": 0.1 * decayed} for decayed in (True, False)
+    ]
+    return model, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99)), lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+def peer_step(corpus):
+    """The step of nanoGPT's loop, with its way of drawing batches."""
+    model, optimizer, loss = peer_model(corpus)
+    tokens = corpus.train.numpy().astype(np.uint16)
+
+    def step():
+        starts = torch.randint(len(tokens) - RUN.context, (RUN.batch_size,))
+        x, y = (torch.stack([torch.from_numpy(tokens[i + s : i + s + RUN.context].astype(np.int64)) for i in starts]) for s in (0, 1))
+        loss(x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def milliseconds(steps, rounds=30, repeats=10):
+    """{name: (least, median)} milliseconds per call of several functions, in turns, so that all meet the same machine."""
+    times = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            step()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            times[name].append((time.perf_counter() - start) / repeats * 1e3)
+    return {name: (min(values), statistics.median(values)) for name, values in times.items()}
+
+
+def bench_training(corpus):
+    peer = "nanoGPT (clone)" if "NANOGPT" in os.environ else "nanoGPT (rebuilt)"
+    measured = milliseconds({"notebook 07": our_step(corpus), peer: peer_step(corpus)})
+    for name, (least, median) in measured.items():
+        print(
+            f"training step, {name:18} least {least:5.1f} ms, median {median:5.1f} ms, {RUN.batch_size * RUN.context / least * 1e3:,.0f} characters/s"
+        )
+    ours, theirs = measured.values()
+    print(f"speed of notebook 07 / nanoGPT: {theirs[0] / ours[0]:.2f} by the least, {theirs[1] / ours[1]:.2f} by the median")
+
+
+def bench_decoding(corpus):
+    run = NB.PRESETS["cpu"].long
+    model = NB.extended(NB.Transformer(run, len(corpus.vocabulary)), 1024)
+    for n in (64, 256, 512, 1024):
+        (_, cached), (_, recomputed) = NB.decode(model, n, use_cache=True), NB.decode(model, n, use_cache=False)
+        print(
+            f"decoding {n:4} tokens: {n / cached:5.0f} tokens/s cached, {n / recomputed:5.0f} recomputed: {recomputed / cached:.1f} times"
+        )
+
+
+def bench_tracking():
+    """Seconds that importing, starting, 1,000 scalars, a figure and closing take offline."""
+    script = "import contextlib, os, sys, threading, time\nstart = time.perf_counter()\nfrom clearml import Task\n"
+    script += "from clearml.backend_api import Session\nfrom clearml.config import config_obj\nimported = time.perf_counter()\n"
+    script += sync_canon.blocks()["# canon: tracking"]
+    script += "\ntask = start_tracking('bench', {'a': 1})\nfor i in range(1000):\n    task.get_logger().report_scalar('a', 'b', i, i)\n"
+    script += "finish_tracking(task)\nprint(f'import {imported - start:.2f} s, all the rest {time.perf_counter() - imported:.2f} s')"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("CLEARML")}
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    print("ClearML offline:", done.stdout.splitlines()[-1])
+
+
+def sweep(corpus):
+    """Validation loss of one seed for both blocks at three learning rates: what `learning_rate` in the notebook was chosen by."""
+    for block, position in (("modern", "rope"), ("gpt2", "learned")):
+        for rate in (1e-3, 2e-3, 4e-3):
+            run = replace(RUN, block=block, position=position, learning_rate=rate)
+            model, _ = NB.train(run, corpus, seed=0, name=f"{block} {rate}")
+            loss = NB.loss_by_position(model, corpus.validation, RUN.context)[0].mean()
+            print(f"{block:6} {position:7} learning rate {rate}: validation loss {loss:.4f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="train both blocks at three learning rates (about ten minutes)")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    corpus = NB.make_corpus(NB.load_text(DATA, "smoke"))
+    if arguments.sweep:
+        sweep(corpus)
+        return
+    bench_training(corpus)
+    bench_decoding(corpus)
+    bench_tracking()
+
+
+if __name__ == "__main__":
+    main()
