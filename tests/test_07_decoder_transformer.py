@@ -146,7 +146,7 @@ def test_rmsnorm_against_pytorch_and_transformers(nb07):
 def test_swiglu_against_transformers(nb07):
     ours = nb07.SwiGLU(48)
     hidden = ours.gate.out_features
-    assert hidden == 128  # 8/3 * 48, a multiple of 64
+    assert hidden == 128  # 8/3 * 48, a multiple of 128
     theirs = LlamaMLP(LlamaConfig(hidden_size=48, intermediate_size=hidden, num_attention_heads=4))
     for name, weight in (("gate_proj", ours.gate.weight), ("up_proj", ours.up.weight), ("down_proj", ours.out.weight)):
         getattr(theirs, name).weight.data = weight.data
@@ -154,7 +154,7 @@ def test_swiglu_against_transformers(nb07):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize(("width", "hidden"), [(8, 64), (128, 320), (192, 512), (384, 1024)])
+@pytest.mark.parametrize(("width", "hidden"), [(8, 128), (128, 256), (192, 512), (384, 1024)])
 def test_swiglu_width(nb07, width, hidden):
     assert nb07.SwiGLU(width).gate.out_features == hidden
 
@@ -171,7 +171,7 @@ def test_whole_model_against_llama(nb07, small):
     config = LlamaConfig(
         vocab_size=V,
         hidden_size=16,
-        intermediate_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         rms_norm_eps=1e-6,
@@ -266,7 +266,7 @@ def test_initialisation(nb07):
         assert block.attention.qkv.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
         assert block.attention.out.weight.std().item() == pytest.approx(128**-0.5 / 4, rel=0.05)
         assert block.network.gate.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
-        assert block.network.out.weight.std().item() == pytest.approx(320**-0.5 / 4, rel=0.05)
+        assert block.network.out.weight.std().item() == pytest.approx(256**-0.5 / 4, rel=0.05)
     theirs = nb07.Transformer(replace(run, init="nanogpt", block="gpt2", position="learned"), 65)
     assert theirs.position.std().item() == pytest.approx(0.02, rel=0.05)
     assert theirs.blocks[3].network.out.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
@@ -277,7 +277,7 @@ def test_initialisation(nb07):
 
 def test_weights_are_tied(nb07, small):
     model = nb07.Transformer(small, V)
-    per_layer = 4 * 16 * 16 + 3 * 16 * 64 + 2 * 16
+    per_layer = 4 * 16 * 16 + 3 * 16 * 128 + 2 * 16
     assert sum(p.numel() for p in model.parameters()) == V * 16 + 2 * per_layer + 16
     model(torch.zeros(1, 3, dtype=torch.long))[..., 1:].sum().backward()
     assert model.embedding.weight.grad[5].abs().sum() > 0  # token 5 is no input; its gradient comes from the output
