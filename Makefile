@@ -28,7 +28,8 @@ run: $(VENV)/run.stamp  ## execute every notebook (default PRESET=smoke) into ru
 test: $(VENV)/test.stamp  ## run all tests
 	@$(BIN)/python -m pytest
 
-lab: $(VENV)/run.stamp  ## open the notebooks in JupyterLab
+lab: $(VENV)/run.stamp  ## install JupyterLab and open the notebooks in it
+	@test -x $(BIN)/jupyter-lab || $(PIP) jupyterlab==4.6.6
 	@$(BIN)/jupyter lab --notebook-dir=notebooks
 
 render: $(VENV)/run.stamp  ## execute notebooks in place, with PRESET=cpu or gpu, and update README and img/

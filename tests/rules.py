@@ -58,13 +58,14 @@ def pictures(cells):
 @rule
 def valid_format(notebook, path):
     """Valid nbformat 4.5 with unique cell ids."""
+    ids = [cell.get("id") for cell in notebook.cells]
+    if len(set(ids)) != len(ids):  # first: nbformat would repair them in passing
+        yield "cell ids are not unique"
+        return
     try:
         nbformat.validate(notebook)
     except nbformat.ValidationError as error:
         yield f"invalid: {error.message}"
-    ids = [cell.get("id") for cell in notebook.cells]
-    if len(set(ids)) != len(ids):
-        yield "cell ids are not unique"
 
 
 @rule
@@ -107,7 +108,8 @@ def parameters_cell(notebook, path):
     nodes = ast.parse(cells[0].source).body
     if any(not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)) for node in nodes):
         yield "the parameters cell holds more than literal assignments"
-    names = {node.targets[0].id: node.value.value for node in nodes if isinstance(node, ast.Assign)}
+        return
+    names = {node.targets[0].id: node.value.value for node in nodes}
     if names.get("PRESET") != "auto" or "SEED" not in names:
         yield 'parameters need PRESET = "auto" and SEED'
     if any("# @param" not in line for line in cells[0].source.splitlines()):

@@ -31,12 +31,14 @@ def text07(nb07, monkeypatch):
 
 @pytest.fixture
 def web():
-    """URL of a server on the loopback interface: /right sends the text, /wrong half of it, everything else 404."""
+    """URL of a server on the loopback interface: /right sends the text, /wrong a part, /cut too but announces it all, else 404."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            body = {"/right": FULL_TEXT, "/wrong": FULL_TEXT[:20]}.get(self.path)
+            body = {"/right": FULL_TEXT, "/wrong": FULL_TEXT[:20], "/cut": FULL_TEXT[:20]}.get(self.path)
             self.send_response(200 if body else 404)
+            if self.path == "/cut":
+                self.send_header("Content-Length", str(len(FULL_TEXT)))
             self.end_headers()
             self.wfile.write(body or b"")
 
@@ -54,10 +56,10 @@ def web():
 
 def test_mirrors_are_tried_in_order_and_checked(text07, web, tmp_path, capsys):
     path = tmp_path / "new" / "tinyshakespeare.txt"
-    assert text07.download(path, (f"{execute.NOWHERE}/x", f"{web}/gone", f"{web}/wrong", f"{web}/right"))
+    assert text07.download(path, (f"{execute.NOWHERE}/x", f"{web}/gone", f"{web}/cut", f"{web}/wrong", f"{web}/right"))
     assert path.read_bytes() == FULL_TEXT
     said = capsys.readouterr().out
-    assert said.count("no answer from") == 2
+    assert said.count("could not download") == 3
     assert "sent something else (20 bytes)" in said
 
 
@@ -65,6 +67,12 @@ def test_nothing_is_written_without_the_right_bytes(text07, web, tmp_path):
     path = tmp_path / "tinyshakespeare.txt"
     assert not text07.download(path, (f"{web}/wrong", f"{execute.NOWHERE}/x"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(text07, web, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert not text07.download(tmp_path / "file" / "tinyshakespeare.txt", (f"{web}/right",))
+    assert "could not download" in capsys.readouterr().out
 
 
 def test_full_text_comes_first(text07, tmp_path, monkeypatch):
@@ -198,6 +206,16 @@ def test_a_damaged_checkpoint_is_named(nb07, run07, corpus07, tmp_path):
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"run.pt is damaged.*delete it"):
         nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path)
+
+
+def test_a_checkpoint_of_another_model_is_named(nb07, run07, corpus07, tmp_path):
+    path = tmp_path / "run.pt"
+    nb07.train(run07, corpus07, 3, eval_every=40, checkpoint=path)
+    with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
+        nb07.train(replace(run07, position="learned"), corpus07, 3, eval_every=40, checkpoint=path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
+        nb07.train(run07, corpus07, 3, eval_every=40, checkpoint=path)
 
 
 def test_checkpoints_hold_data_only(nb07, run07, corpus07, tmp_path):

@@ -94,9 +94,8 @@ def bench_training(corpus):
     peer = "nanoGPT (clone)" if "NANOGPT" in os.environ else "nanoGPT (rebuilt)"
     measured = milliseconds({"notebook 07": our_step(corpus), peer: peer_step(corpus)})
     for name, (least, median) in measured.items():
-        print(
-            f"training step, {name:18} least {least:5.1f} ms, median {median:5.1f} ms, {RUN.batch_size * RUN.context / least * 1e3:,.0f} characters/s"
-        )
+        speed = RUN.batch_size * RUN.context / least * 1e3
+        print(f"training step, {name:18} least {least:5.1f} ms, median {median:5.1f} ms, {speed:,.0f} characters/s")
     ours, theirs = measured.values()
     print(f"speed of notebook 07 / nanoGPT: {theirs[0] / ours[0]:.2f} by the least, {theirs[1] / ours[1]:.2f} by the median")
 
@@ -139,7 +138,7 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="train both blocks at three learning rates (about ten minutes)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    corpus = NB.make_corpus(NB.load_text(DATA, "smoke"))
+    corpus = NB.make_corpus(NB.load_text(DATA, "cpu" if arguments.sweep else "smoke"))
     if arguments.sweep:
         sweep(corpus)
         return
