@@ -94,7 +94,7 @@ def test_wrong_presets(choose, monkeypatch):
 # --- tracking
 
 SCRIPT = """
-import contextlib, os, sys, threading, time
+import contextlib, logging, os, sys, threading, time
 from clearml import Task
 from clearml.backend_api import Session
 from clearml.config import config_obj

@@ -112,7 +112,7 @@ def bench_decoding(corpus):
 
 def bench_tracking():
     """Seconds that importing, starting, 1,000 scalars, a figure and closing take offline."""
-    script = "import contextlib, os, sys, threading, time\nstart = time.perf_counter()\nfrom clearml import Task\n"
+    script = "import contextlib, logging, os, sys, threading, time\nstart = time.perf_counter()\nfrom clearml import Task\n"
     script += "from clearml.backend_api import Session\nfrom clearml.config import config_obj\nimported = time.perf_counter()\n"
     script += sync_canon.blocks()["# canon: tracking"]
     script += "\ntask = start_tracking('bench', {'a': 1})\nfor i in range(1000):\n    task.get_logger().report_scalar('a', 'b', i, i)\n"

@@ -7,6 +7,7 @@ def start_tracking(name, settings):
                 os.environ[key] = sys.modules["google.colab"].userdata.get(key)
     os.environ.setdefault("CLEARML_CACHE_DIR", "clearml")
     config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})  # a subprocess takes seconds to close, or hangs
+    logging.getLogger("clearml.Repository Detection").setLevel("ERROR")  # it warns where no Jupyter server runs, as under papermill
     try:
         Session(http_retries_config={"total": 0})  # one try, where ClearML itself would make 240
     except Exception as error:
