@@ -97,6 +97,17 @@ def test_rope_types_strides_and_gradients(nb07):
     torch.autograd.gradcheck(lambda x: nb07.apply_rope(x, positions), torch.randn(1, 1, 6, 4, dtype=torch.float64, requires_grad=True))
 
 
+def test_rope_is_the_same_under_compilation(nb07):
+    """There it takes another form."""
+    x, rotation = torch.randn(2, 3, 6, 8, requires_grad=True), nb07.rope_rotation(torch.arange(6), 8)
+    results = []
+    for rotate in (nb07.rotate, torch.compile(nb07.rotate, backend="eager", fullgraph=True)):
+        y = rotate(x, rotation)
+        results.append((y, *torch.autograd.grad(y.square().sum() + y.sum(), x)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-5)
+
+
 def test_rope_is_exact_far_away(nb07):
     """float32 angles at a million are off by 0.03; the table is made in float64."""
     x = torch.randn(1, 1, 1, 4)
