@@ -704,10 +704,14 @@ def test_judge(nb07, small):
 
 
 def test_excerpts(nb07):
-    windows = nb07.excerpts(torch.arange(100), 50, 10, seed=1)
+    windows = nb07.excerpts(torch.arange(505), 50, 10, seed=1)
     assert windows.shape == (50, 10)
     assert torch.equal(windows - windows[:, :1], torch.arange(10).expand(50, 10))
-    assert torch.equal(windows, nb07.excerpts(torch.arange(100), 50, 10, seed=1))
+    assert len(windows.unique()) == 500  # overlapping windows would raise the self-BLEU of the real text
+    assert torch.equal(windows, nb07.excerpts(torch.arange(505), 50, 10, seed=1))
+    assert not torch.equal(windows, nb07.excerpts(torch.arange(505), 50, 10, seed=2))
+    with pytest.raises(ValueError, match="hold 50 windows of 10, not 51"):
+        nb07.excerpts(torch.arange(505), 51, 10, seed=1)
 
 
 def test_tables(nb07):
