@@ -322,6 +322,15 @@ def test_dropout_acts_in_training_only(nb07, small):
     assert torch.equal(model(tokens), model(tokens))
 
 
+def test_dropout_acts_on_what_the_sublayers_add(nb07, small):
+    """With everything dropped a block passes its input on, and the model sees no embedding."""
+    run = replace(small, dropout=1.0)
+    block, x = nb07.Block(run), torch.randn(2, 5, 16)
+    assert torch.equal(block(x), x)
+    assert not torch.equal(block.eval()(x), x)
+    assert torch.equal(nb07.Transformer(run, V)(torch.randint(V, (2, 5))), torch.zeros(2, 5, V))
+
+
 def test_extended_takes_longer_inputs(nb07, small):
     for position in ("rope", "none", "learned"):
         model = model_of(nb07, small, position=position)
@@ -442,6 +451,15 @@ def test_mixed_precision_trains(nb07, small, corpus, dtype):
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert log["validation"][-1] < 2.2
     assert not torch.equal(model.embedding.weight, full.embedding.weight)
+
+
+def test_gradients_are_clipped_unscaled(nb07, small, corpus, monkeypatch):
+    """The loss scaler's factor of 65,536 is out of the gradients before they are clipped."""
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: norms.append(clip(*arguments).item()))
+    for dtype in (torch.float32, torch.float16):
+        nb07.train(replace(small, steps=1), corpus, seed=0, dtype=dtype)
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
 def test_gradients_are_clipped(nb07, small, corpus, monkeypatch):
