@@ -453,6 +453,14 @@ def test_mixed_precision_trains(nb07, small, corpus, dtype):
     assert not torch.equal(model.embedding.weight, full.embedding.weight)
 
 
+def test_float16_alone_scales_the_loss(nb07, small, corpus, monkeypatch):
+    scaled, scale = [], torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda self, loss: scaled.append(scale(self, loss) / loss) or scale(self, loss))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        nb07.train(replace(small, steps=1), corpus, seed=0, dtype=dtype)
+    assert [factor.item() for factor in scaled] == [1, 1, 65_536]
+
+
 def test_gradients_are_clipped_unscaled(nb07, small, corpus, monkeypatch):
     """The loss scaler's factor of 65,536 is out of the gradients before they are clipped."""
     norms, clip = [], torch.nn.utils.clip_grad_norm_
