@@ -497,10 +497,12 @@ def test_seeds_make_runs(nb07, small, corpus):
     assert not torch.equal(a, c)
 
 
-def test_checkpoint_path_is_of_one_run(nb07, small, corpus):
+def test_checkpoint_path_is_of_one_run(nb07, small, corpus, monkeypatch):
     paths = {nb07.checkpoint_path("c", run, corpus, seed, 10) for run in (small, replace(small, steps=31)) for seed in (0, 1)}
     assert len(paths) == 4
     assert nb07.checkpoint_path("c", small, corpus, 0, 10) in paths
+    monkeypatch.setattr(nb07, "amp_dtype", lambda device: torch.float16)  # another GPU has another scaler state
+    assert nb07.checkpoint_path("c", small, corpus, 0, 10) not in paths
 
 
 # --- sampling
