@@ -18,6 +18,12 @@ def lifted(number):
 
 
 @pytest.fixture(scope="session")
+def nb03():
+    """The definitions of notebook 03."""
+    return lifted("03")
+
+
+@pytest.fixture(scope="session")
 def nb07():
     """The definitions of notebook 07."""
     return lifted("07")

@@ -1,5 +1,6 @@
 """Runs that are interrupted, data that are missing or damaged: nothing is lost, and the error says what to do."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -19,14 +20,13 @@ from tools import cookbook
 FULL_TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
 
-@pytest.fixture
-def text07(nb07, monkeypatch):
-    """Notebook 07 with a short text in the place of tiny-shakespeare, and its sha256."""
-    import hashlib
-
-    monkeypatch.setitem(nb07.TEXT_SHA256, "tinyshakespeare.txt", hashlib.sha256(FULL_TEXT).hexdigest())
-    monkeypatch.setitem(nb07.TEXT_SHA256, "shakespeare.txt", hashlib.sha256(FULL_TEXT.upper()).hexdigest())
-    return nb07
+@pytest.fixture(params=["nb03", "nb07"])
+def shakespeare(request, monkeypatch):
+    """A notebook on Shakespeare with a short text in the place of tiny-shakespeare, and its sha256."""
+    notebook = request.getfixturevalue(request.param)
+    monkeypatch.setitem(notebook.TEXT_SHA256, "tinyshakespeare.txt", hashlib.sha256(FULL_TEXT).hexdigest())
+    monkeypatch.setitem(notebook.TEXT_SHA256, "shakespeare.txt", hashlib.sha256(FULL_TEXT.upper()).hexdigest())
+    return notebook
 
 
 @pytest.fixture
@@ -51,62 +51,62 @@ def web():
         server.shutdown()
 
 
-# --- data of notebook 07
+# --- the text of notebooks 03 and 07
 
 
-def test_mirrors_are_tried_in_order_and_checked(text07, web, tmp_path, capsys):
+def test_mirrors_are_tried_in_order_and_checked(shakespeare, web, tmp_path, capsys):
     path = tmp_path / "new" / "tinyshakespeare.txt"
-    assert text07.download(path, (f"{execute.NOWHERE}/x", f"{web}/gone", f"{web}/cut", f"{web}/wrong", f"{web}/right"))
+    assert shakespeare.download(path, (f"{execute.NOWHERE}/x", f"{web}/gone", f"{web}/cut", f"{web}/wrong", f"{web}/right"))
     assert path.read_bytes() == FULL_TEXT
     said = capsys.readouterr().out
     assert said.count("could not download") == 3
     assert "sent something else (20 bytes)" in said
 
 
-def test_nothing_is_written_without_the_right_bytes(text07, web, tmp_path):
+def test_nothing_is_written_without_the_right_bytes(shakespeare, web, tmp_path):
     path = tmp_path / "tinyshakespeare.txt"
-    assert not text07.download(path, (f"{web}/wrong", f"{execute.NOWHERE}/x"))
+    assert not shakespeare.download(path, (f"{web}/wrong", f"{execute.NOWHERE}/x"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(text07, web, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(shakespeare, web, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert not text07.download(tmp_path / "file" / "tinyshakespeare.txt", (f"{web}/right",))
+    assert not shakespeare.download(tmp_path / "file" / "tinyshakespeare.txt", (f"{web}/right",))
     assert "could not download" in capsys.readouterr().out
 
 
-def test_full_text_comes_first(text07, tmp_path, monkeypatch):
-    monkeypatch.setattr(text07, "download", lambda path: pytest.fail("asked the network"))
+def test_full_text_comes_first(shakespeare, tmp_path, monkeypatch):
+    monkeypatch.setattr(shakespeare, "download", lambda path: pytest.fail("asked the network"))
     (tmp_path / "tinyshakespeare.txt").write_bytes(FULL_TEXT)
     (tmp_path / "shakespeare.txt").write_bytes(FULL_TEXT.upper())
-    assert text07.load_text(tmp_path, "cpu") == FULL_TEXT.decode()
+    assert shakespeare.load_text(tmp_path, "cpu") == FULL_TEXT.decode()
 
 
-def test_embedded_text_without_a_network(text07, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(text07, "download", lambda path: False)
+def test_embedded_text_without_a_network(shakespeare, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shakespeare, "download", lambda path: False)
     (tmp_path / "shakespeare.txt").write_bytes(FULL_TEXT.upper())
-    assert text07.load_text(tmp_path, "cpu") == FULL_TEXT.decode().upper()
+    assert shakespeare.load_text(tmp_path, "cpu") == FULL_TEXT.decode().upper()
     assert "EMBEDDED TEXT" in capsys.readouterr().out
 
 
-def test_smoke_with_embedded_text_asks_no_network(text07, tmp_path, monkeypatch):
-    monkeypatch.setattr(text07, "download", lambda path: pytest.fail("asked the network"))
+def test_smoke_with_embedded_text_asks_no_network(shakespeare, tmp_path, monkeypatch):
+    monkeypatch.setattr(shakespeare, "download", lambda path: pytest.fail("asked the network"))
     (tmp_path / "shakespeare.txt").write_bytes(FULL_TEXT.upper())
-    assert text07.load_text(tmp_path, "smoke") == FULL_TEXT.decode().upper()
+    assert shakespeare.load_text(tmp_path, "smoke") == FULL_TEXT.decode().upper()
 
 
-def test_no_text_at_all(text07, tmp_path, monkeypatch):
-    monkeypatch.setattr(text07, "download", lambda path: False)
+def test_no_text_at_all(shakespeare, tmp_path, monkeypatch):
+    monkeypatch.setattr(shakespeare, "download", lambda path: False)
     with pytest.raises(FileNotFoundError, match=r"save https://.* as .*tinyshakespeare.txt, or point COOKBOOK_DATA"):
-        text07.load_text(tmp_path, "smoke")
+        shakespeare.load_text(tmp_path, "smoke")
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare.txt", "shakespeare.txt"])
-def test_a_truncated_text_is_named(text07, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(text07, "download", lambda path: False)
+def test_a_truncated_text_is_named(shakespeare, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(shakespeare, "download", lambda path: False)
     (tmp_path / name).write_bytes(FULL_TEXT[:30])
     with pytest.raises(ValueError, match=rf"{name} is corrupt or incomplete \(30 bytes\): delete it"):
-        text07.load_text(tmp_path, "cpu")
+        shakespeare.load_text(tmp_path, "cpu")
 
 
 # --- interrupted runs of notebook 07
@@ -227,3 +227,87 @@ def test_checkpoints_hold_data_only(nb07, run07, corpus07, tmp_path):
     assert np.isfinite(state["log"]["train"]).all()
     assert not path.with_suffix(".tmp").exists()
     assert time.time() - path.stat().st_mtime < 600
+
+
+# --- interrupted runs of notebook 03
+
+
+@pytest.fixture(scope="module")
+def task03(nb03):
+    """(run, data, score) of a small training."""
+    run = nb03.Run(n_layer=2, d_model=16, n_head=4, context=16, batch_size=4, steps=40, warmup=5)
+    data = nb03.Text("to be, or not to be: that is the question. " * 60)
+    return run, data, lambda model: nb03.text_loss(model, data.validation, 16)
+
+
+def same(first, second):
+    """Whether two (model, log) pairs are the same to the last bit; seconds aside."""
+    weights = zip(first[0].state_dict().values(), second[0].state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in weights) and all(
+        first[1][key] == second[1][key] for key in ("step", "loss", "score", "lambda")
+    )
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "differential", "v2"])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_interrupted_training_of_03_resumes_to_the_same_numbers(nb03, task03, tmp_path, kind, dtype):
+    """Batches, optimiser, loss scaler, lambda and curves included."""
+    run, data, score = task03
+    train = lambda **options: nb03.train(replace(run, kind=kind), data, 3, score, eval_every=10, dtype=dtype, **options)
+    whole, path = train(), tmp_path / "c" / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(checkpoint=path, save_every=0, report=interrupt_at(20))
+    torch.rand(7)  # whatever the restarted notebook has drawn before
+    steps = []
+    resumed = train(checkpoint=path, report=lambda *point: steps.append(point[2]))
+    assert min(steps) == 30
+    assert same(whole, resumed)
+    assert same(whole, train(checkpoint=path))  # finished: nothing left to do
+    assert torch.load(path, weights_only=True)["log"]["step"] == [10, 20, 30, 40]
+    assert not path.with_suffix(".tmp").exists()
+
+
+def test_a_torn_checkpoint_of_03_leaves_the_old_one(nb03, task03, tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        nb03.train(*task03[:2], 3, task03[2], eval_every=10, checkpoint=path, save_every=0, report=interrupt_at(20))
+    before = path.read_bytes()
+
+    def torn(state, target):
+        target.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        nb03.train(*task03[:2], 3, task03[2], eval_every=10, checkpoint=path, save_every=0)
+    assert path.read_bytes() == before
+
+
+def test_each_run_of_03_has_its_own_checkpoint(nb03, task03, tmp_path, monkeypatch):
+    """Settings, seed, data and number format count."""
+    run, data, cpu = *task03[:2], torch.device("cpu")
+    recall, other = nb03.Recall((8,), (2,)), nb03.Recall((8, 9), (2,))
+    variants = [(data, run, 3, 10), (data, replace(run, initial=0.8), 3, 10), (data, run, 4, 10), (data, run, 3, 20), (recall, run, 3, 10),
+                (other, run, 3, 10), (nb03.Text("another text " * 9), run, 3, 10), (nb03.Recurrence(), run, 3, 10),
+                (nb03.Recurrence(p=0.2), run, 3, 10)]  # fmt: skip
+    paths = {nb03.checkpoint_path(tmp_path, *variant, cpu) for variant in variants}
+    assert nb03.checkpoint_path(tmp_path, *variants[0], cpu) in paths
+    monkeypatch.setattr(nb03, "amp_dtype", lambda device: torch.float16)
+    paths.add(nb03.checkpoint_path(tmp_path, *variants[0], cpu))
+    assert len(paths) == 10
+
+
+def test_a_damaged_checkpoint_of_03_is_named(nb03, task03, tmp_path):
+    run, data, score = task03
+    path = tmp_path / "run.pt"
+    for content in (b"not a checkpoint", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"run.pt is damaged.*delete it"):
+            nb03.train(run, data, 3, score, checkpoint=path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
+        nb03.train(run, data, 3, score, checkpoint=path)
+    path.unlink()
+    nb03.train(run, data, 3, score, checkpoint=path)
+    with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
+        nb03.train(replace(run, kind="ordinary"), data, 3, score, checkpoint=path)

@@ -1,10 +1,14 @@
 """The maintainers' scripts, on a small repository of two notebooks, one of which fails."""
 
+import io
 import os
 import sys
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from tools import cookbook, readme, render, run, sync_canon
 
@@ -112,6 +116,22 @@ def test_render_writes_outputs_facts_title_picture_and_gallery(repository, monke
     assert "loss 0 1.5" in text
     assert "old<" not in text
     assert not list((repository / "runs").iterdir())
+
+
+def test_render_compresses_figures_but_keeps_what_they_show():
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), facecolor="white")
+    axes[0].plot(np.random.default_rng(0).normal(size=(300, 4)).cumsum(0), alpha=0.7)
+    axes[1].imshow(np.random.default_rng(0).random((20, 20)), cmap="RdBu")
+    target = io.BytesIO()
+    figure.savefig(target, format="png")
+    plt.close(figure)
+    before, after = target.getvalue(), render.compress(target.getvalue())
+    assert len(after) < len(before) / 2
+    shades = [np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int) for png in (before, after)]
+    assert np.abs(shades[0] - shades[1]).mean() < 1
+    assert (shades[1][0, 0] == 255).all()
+    figure.savefig(target := io.BytesIO(), format="png", transparent=True)
+    assert render.compress(target.getvalue()) == target.getvalue()
 
 
 def test_stale_guard(repository, monkeypatch):

@@ -9,20 +9,36 @@ the title, the picture into img/ and the gallery of the README. Nothing is writt
 import argparse
 import base64
 import datetime
+import io
+
+from PIL import Image
 
 from tools import cookbook, readme
 
 KEPT_CELL_METADATA = ("tags",)
 
 
+def compress(png):
+    """The picture with a palette of 256 colours, a third of the size and to the eye the same; unchanged where it is transparent."""
+    image = Image.open(io.BytesIO(png))
+    if image.convert("RGBA").getextrema()[3][0] < 255:
+        return png
+    target = io.BytesIO()
+    image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(target, "png", optimize=True)
+    return min(png, target.getvalue(), key=len)
+
+
 def clean(notebook):
-    """Drop what execution leaves in the metadata: timings, papermill's and widgets' state."""
+    """Drop what execution leaves in the metadata (timings, papermill's and widgets' state), and compress the figures."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
     for cell in notebook.cells:
         cell.metadata = {key: cell.metadata[key] for key in KEPT_CELL_METADATA if cell.metadata.get(key)}
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = base64.b64encode(compress(base64.b64decode(output.data["image/png"]))).decode()
     return notebook
 
 
