@@ -385,6 +385,8 @@ def test_parameters_and_initialisation(nb03):
     variant = nb03.Transformer(replace(run, initial=0.5, learn_lambda=False, head_norm=False), 65)
     assert variant.lambdas() == [0.5] * 8
     assert variant.blocks[0].attention.norm is None
+    plain = nb03.Transformer(replace(run, head_norm=False), 65).blocks[0].attention
+    assert (plain.norm is None, plain.vectors is None) == (True, False)
     assert nb03.Transformer(replace(run, kind="ordinary"), 65).lambdas() == []
 
 

@@ -11,6 +11,7 @@ import base64
 import datetime
 import io
 
+import numpy as np
 from PIL import Image
 
 from tools import cookbook, readme
@@ -19,12 +20,15 @@ KEPT_CELL_METADATA = ("tags",)
 
 
 def compress(png):
-    """The picture with a palette of 256 colours, a third of the size and to the eye the same; unchanged where it is transparent."""
+    """An opaque picture without its alpha channel, and with a palette of 256 colours where that changes hardly a pixel (1 in 3,000)."""
     image = Image.open(io.BytesIO(png))
     if image.convert("RGBA").getextrema()[3][0] < 255:
         return png
+    image = image.convert("RGB")
+    few = image.quantize(256, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
+    changed = np.abs(np.asarray(few.convert("RGB"), dtype=int) - np.asarray(image)).max(-1) > 12  # of 255 levels
     target = io.BytesIO()
-    image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(target, "png", optimize=True)
+    (few if changed.mean() < 1 / 3000 else image).save(target, "png", optimize=True)
     return min(png, target.getvalue(), key=len)
 
 
