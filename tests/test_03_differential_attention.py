@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, TopPLogitsWarper
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention, DiffLlamaRotaryEmbedding, lambda_init_fn
 
+from tests.checks import check_amp_dtype, check_no_leak, check_statistics
+
 V = 13
 double = torch.float64
 
@@ -320,16 +322,13 @@ def test_swiglu(nb03):
     assert [nb03.SwiGLU(width).gate.out_features for width in (8, 128, 192, 384)] == [128, 256, 512, 1024]
 
 
-@pytest.mark.parametrize("arguments", [(32, 3), (36, 6)])
-def test_modules_refuse_widths_that_do_not_divide(nb03, arguments):
-    if arguments == (36, 6):  # heads of width 6: halves of odd width, which RoPE refuses
-        with pytest.raises(ValueError, match="odd one out"):
-            nb03.rope_table(4, nb03.DifferentialAttention(*arguments).d)
-    else:
-        with pytest.raises(ValueError, match="no multiple of n_head 3"):
-            nb03.DifferentialAttention(*arguments)
+def test_modules_refuse_widths_that_do_not_divide(nb03):
+    with pytest.raises(ValueError, match="no multiple of n_head 3"):
+        nb03.DifferentialAttention(32, 3)
     with pytest.raises(ValueError, match="odd width 5 has no halves"):
         nb03.DifferentialAttention(20, 4)
+    with pytest.raises(ValueError, match="odd one out"):  # heads of width 6 have halves of width 3, which RoPE refuses
+        nb03.rope_table(4, nb03.DifferentialAttention(36, 6).d)
     with pytest.raises(ValueError, match="n_head 3 must be even"):
         nb03.DifferentialAttentionV2(30, 3)
 
@@ -349,14 +348,7 @@ def test_transformer_refuses_bad_settings(nb03, small):
 
 @pytest.mark.parametrize("kind", ["ordinary", "differential", "v2"])
 def test_model_does_not_see_the_future(nb03, small, kind):
-    model = model_of(nb03, small, kind=kind)
-    tokens = torch.randint(V, (1, 12))
-    for t in range(12):
-        changed = tokens.clone()
-        changed[0, t] = (changed[0, t] + 1) % V
-        moved = (model(tokens) - model(changed)).abs().amax(-1)[0] > 1e-12
-        assert not moved[:t].any()
-        assert moved[t:].all()
+    check_no_leak(model_of(nb03, small, kind=kind), V, 12)
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "differential", "v2"])
@@ -591,11 +583,7 @@ def test_train_seeds(nb03, small, text, tmp_path, monkeypatch):
 
 
 def test_amp_dtype(nb03, monkeypatch):
-    """bfloat16 only where it is native: a T4 (7.5) emulates it."""
-    assert nb03.amp_dtype(types.SimpleNamespace(type="cpu")) == torch.float32
-    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert nb03.amp_dtype(types.SimpleNamespace(type="cuda")) == dtype
+    check_amp_dtype(nb03, monkeypatch)
 
 
 def test_float16_scales_the_loss(nb03, small, text, monkeypatch):
@@ -788,11 +776,7 @@ def test_seconds_in_turns(nb03):
 
 
 def test_tables_and_statistics(nb03):
-    mean, std = nb03.mean_std([1.0, 2.0, 4.0])
-    assert (mean, std) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
-    assert nb03.mean_std([5.0])[1] == 0
-    assert nb03.mean_and_std([1000.0, 2000.0], 1) == "1,500.0 ± 707.1"
-    assert nb03.markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    check_statistics(nb03)
     difference = np.array([0.1, 0.3, 0.2])
     expected = f"+0.2000 ± {np.std(difference, ddof=1) / math.sqrt(3):.4f}"
     assert nb03.paired([1.1, 2.3, 3.2], [1, 2, 3]) == expected

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import types
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+
+from tests.checks import check_amp_dtype, check_no_leak, check_statistics
 
 V = 11
 
@@ -260,14 +261,7 @@ def test_baseline_against_gpt2(nb07, small):
 
 @pytest.mark.parametrize("position", ["none", "learned", "rope"])
 def test_no_leak_from_the_future(nb07, small, position):
-    model = model_of(nb07, small, position=position)
-    tokens = torch.randint(V, (1, 12))
-    for t in range(12):
-        changed = tokens.clone()
-        changed[0, t] = (changed[0, t] + 1) % V
-        moved = (model(tokens) - model(changed)).abs().amax(-1)[0] > 1e-12
-        assert not moved[:t].any()
-        assert moved[t:].all()
+    check_no_leak(model_of(nb07, small, position=position), V, 12)
 
 
 @pytest.mark.parametrize("position", ["none", "learned", "rope"])
@@ -743,11 +737,7 @@ def test_excerpts(nb07):
 
 
 def test_tables(nb07):
-    mean, std = nb07.mean_std([1.0, 2.0, 4.0])
-    assert (mean, std) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
-    assert nb07.mean_std([5.0])[1] == 0
-    assert nb07.mean_and_std([1000.0, 2000.0], 1) == "1,500.0 ± 707.1"
-    assert nb07.markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    check_statistics(nb07)
 
 
 def test_presets_keep_the_yardsticks(nb07):
@@ -762,8 +752,4 @@ def test_presets_keep_the_yardsticks(nb07):
 
 
 def test_amp_dtype(nb07, monkeypatch):
-    """bfloat16 only where it is native: a T4 (7.5) emulates it."""
-    assert nb07.amp_dtype(types.SimpleNamespace(type="cpu")) == torch.float32
-    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert nb07.amp_dtype(types.SimpleNamespace(type="cuda")) == dtype
+    check_amp_dtype(nb07, monkeypatch)

@@ -1,5 +1,6 @@
 """Runs that are interrupted, data that are missing or damaged: nothing is lost, and the error says what to do."""
 
+import functools
 import hashlib
 import os
 import signal
@@ -178,10 +179,10 @@ def test_killed_training_resumes_to_the_same_numbers(nb07, run07, corpus07, tmp_
     assert equal(nb07.train(run07, corpus07, 3, eval_every=10), nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path))
 
 
-def test_a_kill_while_saving_leaves_the_old_checkpoint(nb07, run07, corpus07, tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
+def check_torn_save(train, path, monkeypatch):
+    """A kill while train(checkpoint, save_every, ...) writes a checkpoint leaves the one before."""
     with pytest.raises(KeyboardInterrupt):
-        nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path, save_every=0, report=interrupt_at(20))
+        train(checkpoint=path, save_every=0, report=interrupt_at(20))
     before = path.read_bytes()
 
     def torn(state, target):
@@ -190,8 +191,12 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(nb07, run07, corpus07, tm
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(KeyboardInterrupt):
-        nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path, save_every=0)
+        train(checkpoint=path, save_every=0)
     assert path.read_bytes() == before
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(nb07, run07, corpus07, tmp_path, monkeypatch):
+    check_torn_save(functools.partial(nb07.train, run07, corpus07, 3, eval_every=10), tmp_path / "run.pt", monkeypatch)
 
 
 def test_another_run_does_not_take_up_the_checkpoint(nb07, run07, corpus07, tmp_path):
@@ -267,20 +272,9 @@ def test_interrupted_training_of_03_resumes_to_the_same_numbers(nb03, task03, tm
     assert not path.with_suffix(".tmp").exists()
 
 
-def test_a_torn_checkpoint_of_03_leaves_the_old_one(nb03, task03, tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        nb03.train(*task03[:2], 3, task03[2], eval_every=10, checkpoint=path, save_every=0, report=interrupt_at(20))
-    before = path.read_bytes()
-
-    def torn(state, target):
-        target.write_bytes(b"half a file")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(KeyboardInterrupt):
-        nb03.train(*task03[:2], 3, task03[2], eval_every=10, checkpoint=path, save_every=0)
-    assert path.read_bytes() == before
+def test_a_kill_while_saving_leaves_the_old_checkpoint_of_03(nb03, task03, tmp_path, monkeypatch):
+    run, data, score = task03
+    check_torn_save(functools.partial(nb03.train, run, data, 3, score, eval_every=10), tmp_path / "run.pt", monkeypatch)
 
 
 def test_each_run_of_03_has_its_own_checkpoint(nb03, task03, tmp_path, monkeypatch):

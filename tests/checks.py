@@ -1,0 +1,35 @@
+"""Checks that hold for definitions that several notebooks write out for themselves."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+
+def check_no_leak(model, size, length):
+    """Another token at t changes the logits from t on and none before; tokens in [0, size)."""
+    tokens = torch.randint(size, (1, length))
+    for t in range(length):
+        changed = tokens.clone()
+        changed[0, t] = (changed[0, t] + 1) % size
+        moved = (model(tokens) - model(changed)).abs().amax(-1)[0] > 1e-12
+        assert not moved[:t].any()
+        assert moved[t:].all()
+
+
+def check_amp_dtype(notebook, monkeypatch):
+    """bfloat16 only where it is native: a T4 (7.5) emulates it."""
+    assert notebook.amp_dtype(types.SimpleNamespace(type="cpu")) == torch.float32
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert notebook.amp_dtype(types.SimpleNamespace(type="cuda")) == dtype
+
+
+def check_statistics(notebook):
+    """Mean and standard deviation of the sample, and their table in Markdown."""
+    mean, std = notebook.mean_std([1.0, 2.0, 4.0])
+    assert (mean, std) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
+    assert notebook.mean_std([5.0])[1] == 0
+    assert notebook.mean_and_std([1000.0, 2000.0], 1) == "1,500.0 ± 707.1"
+    assert notebook.markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
