@@ -33,3 +33,23 @@ def check_statistics(notebook):
     assert notebook.mean_std([5.0])[1] == 0
     assert notebook.mean_and_std([1000.0, 2000.0], 1) == "1,500.0 ± 707.1"
     assert notebook.markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def check_peak_memory(notebook):
+    """Two blocks of a MiB at once, a third after one is gone."""
+
+    def case():
+        first, second = torch.empty(2**18), torch.empty(2**18)
+        del first
+        return second + torch.empty(2**18)[0]
+
+    assert notebook.peak_memory(case, "cpu") / 2**20 == pytest.approx(3, abs=0.1)
+
+
+def check_seconds_in_turns(notebook):
+    """The first turn warms up; the cases alternate."""
+    calls = []
+    seconds = notebook.seconds_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, "cpu")
+    assert calls == ["a", "b"] * 4
+    assert set(seconds) == {"a", "b"}
+    assert all(0 <= s < 0.1 for s in seconds.values())

@@ -18,6 +18,12 @@ def lifted(number):
 
 
 @pytest.fixture(scope="session")
+def nb01():
+    """The definitions of notebook 01."""
+    return lifted("01")
+
+
+@pytest.fixture(scope="session")
 def nb03():
     """The definitions of notebook 03."""
     return lifted("03")

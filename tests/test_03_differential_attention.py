@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, TopPLogitsWarper
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention, DiffLlamaRotaryEmbedding, lambda_init_fn
 
-from tests.checks import check_amp_dtype, check_no_leak, check_statistics
+from tests.checks import check_amp_dtype, check_no_leak, check_peak_memory, check_seconds_in_turns, check_statistics
 
 V = 13
 double = torch.float64
@@ -735,15 +735,9 @@ def test_grid(nb03, small, monkeypatch):
 # --- measuring and reporting
 
 
-def test_peak_memory(nb03):
-    """Two blocks of a MiB at once, a third after one is gone."""
-
-    def case():
-        first, second = torch.empty(2**18), torch.empty(2**18)
-        del first
-        return second + torch.empty(2**18)[0]
-
-    assert nb03.peak_memory(case, "cpu") / 2**20 == pytest.approx(3, abs=0.1)
+def test_peak_memory_and_turns(nb03):
+    check_peak_memory(nb03)
+    check_seconds_in_turns(nb03)
 
 
 def test_fused_needs_less_memory(nb03):
@@ -765,14 +759,6 @@ def test_speed_cases_compute_the_same(nb03):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     assert nb03.kernel_of(cases["fused"]) == "flash_attention_for_cpu"
     assert nb03.kernel_of(cases["explicit"]) == "none fused"
-
-
-def test_seconds_in_turns(nb03):
-    calls = []
-    seconds = nb03.seconds_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, "cpu")
-    assert calls == ["a", "b"] * 4
-    assert set(seconds) == {"a", "b"}
-    assert all(0 <= s < 0.1 for s in seconds.values())
 
 
 def test_tables_and_statistics(nb03):

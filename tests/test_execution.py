@@ -71,7 +71,7 @@ def test_runs_again_to_the_same_numbers(smoke):
     if not (folder / "checkpoints").exists():
         pytest.skip("keeps no checkpoints")
     second = execute.run(path, folder, COOKBOOK_PRESET="smoke", COOKBOOK_DATA=DATA)
-    numbers = lambda notebook: re.findall(r"validation loss [\d.]+(?: ± [\d.]+)?", cookbook.headline(notebook))
+    numbers = lambda notebook: re.findall(r"validation (?:loss|accuracy) [\d.]+(?: ± [\d.]+)?", cookbook.headline(notebook))
     assert numbers(second) == numbers(first)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import os
 import signal
 import subprocess
@@ -305,3 +306,81 @@ def test_a_damaged_checkpoint_of_03_is_named(nb03, task03, tmp_path):
     nb03.train(run, data, 3, score, checkpoint=path)
     with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
         nb03.train(replace(run, kind="ordinary"), data, 3, score, checkpoint=path)
+
+
+# --- interrupted runs of notebook 01
+
+
+@pytest.fixture(scope="module")
+def pictures01(nb01):
+    source = np.random.default_rng(0)
+    part = lambda count: (source.integers(0, 256, (count, 3, 16, 16)).astype(np.uint8), source.integers(0, 10, count).astype(np.uint8))
+    return nb01.Pictures({"train": part(120), "test": part(20)})
+
+
+def alike(first, second):
+    """Whether two (model, log) pairs are the same to the last bit; seconds aside."""
+    weights = zip(first[0].state_dict().values(), second[0].state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in weights) and all(first[1][key] == second[1][key] for key in ("step", "loss", "accuracy"))
+
+
+@pytest.mark.parametrize(("method", "optimizer"), [("explicit", "nesterov"), ("exact", "nesterov"), ("cg", "adam"), ("explicit", "muon")])
+def test_interrupted_training_of_01_resumes_to_the_same_numbers(nb01, pictures01, tmp_path, method, optimizer):
+    """In the middle of an epoch; batches, momenta, several optimisers and curves included."""
+    run = nb01.Run(widths=(8, 6), method=method, optimizer=optimizer, learning_rate=0.02, batch_size=16, steps=40)
+    train = lambda **options: nb01.train(run, pictures01, 3, eval_every=10, **options)
+    whole, path = train(), tmp_path / "c" / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(checkpoint=path, save_every=0, report=interrupt_at(20))
+    torch.rand(7)  # whatever the restarted notebook has drawn before
+    first, points = torch.load(path, weights_only=True)["log"], []
+    resumed = train(checkpoint=path, report=lambda *point: points.append(point))
+    assert first["step"] == [10, 20]
+    assert resumed[1]["seconds"][:2] == first["seconds"]
+    assert alike(whole, resumed)
+    for series in ("loss", "accuracy"):  # the curves are whole again
+        assert [point[1:] for point in points if point[0] == series] == list(zip(whole[1][series], whole[1]["step"], strict=True))
+    assert alike(whole, train(checkpoint=path))  # finished: nothing left to do
+    assert all(a < b for a, b in itertools.pairwise(resumed[1]["seconds"]))
+    assert torch.load(path, weights_only=True)["log"]["step"] == [10, 20, 30, 40]
+    assert not path.with_suffix(".tmp").exists()
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint_of_01(nb01, pictures01, tmp_path, monkeypatch):
+    run = nb01.Run(widths=(8, 6), batch_size=16, steps=40)
+    check_torn_save(functools.partial(nb01.train, run, pictures01, 3, eval_every=10), tmp_path / "run.pt", monkeypatch)
+
+
+def test_each_run_of_01_has_its_own_checkpoint(nb01, tmp_path):
+    run = nb01.Run()
+    variants = [("data", run, 3, 10), ("data", replace(run, centre=True), 3, 10), ("data", run, 4, 10), ("data", run, 3, 20),
+                ("other", run, 3, 10), ("data", replace(run, cg_steps=5), 3, 10), ("course", "data", True, 1.0, 50, 2, 3),
+                ("course", "data", False, 1.0, 50, 2, 3), ("course", "data", True, 1.0, 50, 3, 3)]  # fmt: skip
+    assert len({nb01.checkpoint_path(tmp_path, *variant) for variant in variants}) == len(variants)
+    assert nb01.checkpoint_path(tmp_path, *variants[0]) == nb01.checkpoint_path(tmp_path, *variants[0])
+
+
+def test_a_finished_run_of_01_is_remembered(nb01, tmp_path):
+    path, calls = tmp_path / "c" / "run.pt", []
+    compute = lambda: calls.append(1) or {"accuracy": [0.5, 0.25], "seconds": 1.5}
+    assert nb01.remembered(path, compute) == nb01.remembered(path, compute) == {"accuracy": [0.5, 0.25], "seconds": 1.5}
+    assert calls == [1]
+    path.write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"run.pt is damaged.*delete it"):
+        nb01.remembered(path, compute)
+
+
+def test_a_damaged_checkpoint_of_01_is_named(nb01, pictures01, tmp_path):
+    run, path = nb01.Run(widths=(8, 6), batch_size=16, steps=10), tmp_path / "run.pt"
+    for content in (b"not a checkpoint", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"run.pt is damaged.*delete it"):
+            nb01.train(run, pictures01, 3, checkpoint=path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
+        nb01.train(run, pictures01, 3, checkpoint=path)
+    path.unlink()
+    nb01.train(run, pictures01, 3, checkpoint=path)
+    for other in (replace(run, widths=(8, 7)), replace(run, optimizer="muon")):
+        with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
+            nb01.train(other, pictures01, 3, checkpoint=path)

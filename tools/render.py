@@ -20,7 +20,7 @@ KEPT_CELL_METADATA = ("tags",)
 
 
 def compress(png):
-    """An opaque picture without its alpha channel, and with a palette of 256 colours where that changes hardly a pixel (1 in 3,000)."""
+    """An opaque picture without its alpha channel, and with a palette of 256 colours where that changes hardly a pixel (1 in 500)."""
     image = Image.open(io.BytesIO(png))
     if image.convert("RGBA").getextrema()[3][0] < 255:
         return png
@@ -28,7 +28,7 @@ def compress(png):
     few = image.quantize(256, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
     changed = np.abs(np.asarray(few.convert("RGB"), dtype=int) - np.asarray(image)).max(-1) > 12  # of 255 levels
     target = io.BytesIO()
-    (few if changed.mean() < 1 / 3000 else image).save(target, "png", optimize=True)
+    (few if changed.mean() < 1 / 500 else image).save(target, "png", optimize=True)
     return min(png, target.getvalue(), key=len)
 
 
