@@ -729,6 +729,7 @@ def test_training_by_hand(nb01):
             [o.step() for o in optimizers]
             losses.append(loss.item())
         assert log["loss"] == [pytest.approx(np.mean(losses))]
+        assert nb01.train(run, data, 4, eval_every=1)[1]["loss"] == pytest.approx(losses)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), net.parameters(), strict=True))
 
 
@@ -762,13 +763,15 @@ def test_accuracy(nb01):
     right.forward = lambda x: F.one_hot((x.mean((1, 2, 3)) * 255 // 25).long().clamp(0, 9), 10).float()
     share = ((data.train[0].float().mean((1, 2, 3)) // 25).long().clamp(0, 9) == data.train[1]).float().mean().item()
     assert nb01.accuracy(right, data, "train") == pytest.approx(share)
+    assert nb01.accuracy(right, data, "train", centre=True) < share - 0.2  # centred, the pictures are darker
     assert share > 0.9
 
 
 @pytest.mark.parametrize("proximal", [True, False])
 def test_course_training(nb01, proximal):
-    data = pictures(nb01, shape=(1, 28, 28), count=400)
+    data = pictures(nb01, shape=(1, 28, 28), count=1200)
     log = nb01.train_course(data, proximal, 3.0, 20, 4, 0)
+    assert log["accuracy"] != nb01.train_course(data, not proximal, 3.0, 20, 4, 0)["accuracy"]
     assert len(log["accuracy"]) == 4
     assert log["accuracy"][-1] > 0.15
     assert log["seconds"] > 0
