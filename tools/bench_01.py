@@ -27,6 +27,7 @@ ADAM, MUON, CONVNET = (1e-4, 3e-4, 1e-3, 3e-3), (3e-3, 1e-2, 3e-2), (1e-3, 3e-3,
 SWEEP = {
     "mlp": {
         "explicit": ({}, NESTEROV),
+        "explicit, longer": ({"steps": CONFIG.longer * CONFIG.mlp.steps}, NESTEROV[1:4]),
         **{method: (changes, PROXIMAL) for method, changes in NB.PROXIMAL.items()},
         "explicit, centred inputs": ({"centre": True}, NESTEROV),
         "exact, centred inputs": ({"method": "exact", "centre": True}, (0.2, *PROXIMAL)),
@@ -37,6 +38,7 @@ SWEEP = {
     },
     "convnet": {
         "explicit": ({}, CONVNET),
+        "explicit, longer": ({"steps": CONFIG.longer * CONFIG.convnet.steps}, CONVNET[:3]),
         **{method: (changes, CONVNET) for method, changes in NB.PROXIMAL.items()},
         "explicit, centred inputs": ({"centre": True}, CONVNET),
         "CG-3, centred inputs": ({"method": "cg", "centre": True}, CONVNET),
@@ -86,7 +88,7 @@ def sweep(networks, data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", nargs="*", choices=SWEEP, help="train at several learning rates (about half an hour)")
+    parser.add_argument("--sweep", nargs="*", choices=SWEEP, help="train at several learning rates (about 40 minutes)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     data = NB.Pictures(NB.load(DATA, "cifar-10-batches-bin", "smoke" if arguments.sweep is None else "cpu"))
