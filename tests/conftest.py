@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.lift import lift
@@ -15,6 +16,12 @@ os.environ.setdefault("CLEARML_OFFLINE_MODE", "1")  # no test reports to a serve
 @functools.cache
 def lifted(number):
     return lift(cookbook.find(number)[0])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random inputs are the same in every run, whichever tests run before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,6 @@ from tests.checks import check_peak_memory, check_seconds_in_turns, check_statis
 double = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def layer(N=20, n=7, m=5, bias=True):
     """Random x (N, n), grad_z (N, m), weight (m, n), bias (m,) or None in float64."""
     x, grad_z, weight, shift = (torch.randn(*shape, dtype=double) for shape in ((N, n), (N, m), (m, n), (m,)))

@@ -18,11 +18,6 @@ V = 13
 double = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="module")
 def small(nb03):
     """A small run with more than one pair of heads, layer and RoPE pair."""

@@ -19,11 +19,6 @@ from tests.checks import check_amp_dtype, check_no_leak, check_statistics
 V = 11
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="module")
 def small(nb07):
     """A small run with more than one head, layer and RoPE pair."""

@@ -201,3 +201,16 @@ def test_relative_data_folder_is_resolved(repository, monkeypatch):
     monkeypatch.setenv("COOKBOOK_DATA", "data")
     cookbook.execute(repository / "notebooks" / "01_first.ipynb", repository / "x.ipynb", "smoke")
     assert os.environ["COOKBOOK_DATA"] == str(repository / "data")
+
+
+@pytest.mark.parametrize(("given", "names"), [([], None), (["--sweep"], ["a", "b"]), (["--sweep", "b"], ["b"])])
+def test_what_a_benchmark_sweeps(monkeypatch, given, names):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *given])
+    assert cookbook.swept("text", {"a": 1, "b": 2}, "a minute") == names
+
+
+def test_a_sweep_over_something_unknown_lists_what_there_is(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--sweep", "c"])
+    with pytest.raises(SystemExit):
+        cookbook.swept("text", {"a": 1}, "a minute")
+    assert "choose from" in capsys.readouterr().err

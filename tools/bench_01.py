@@ -7,7 +7,6 @@ other sizes, and the training step of each method. --sweep trains every method a
 the validation accuracy that the rates in the notebook were chosen by.
 """
 
-import argparse
 import os
 import sys
 from dataclasses import replace
@@ -81,20 +80,17 @@ def sweep(networks, data):
                 try:
                     log = NB.train(replace(base, **changes, learning_rate=rate), data, 0, eval_every=base.steps)[1]
                     result = f"accuracy {log['accuracy'][-1]:.3f}, loss {log['loss'][-1]:.3f}, {log['seconds'][-1]:.0f} s"
-                except (NB.Diverged, ValueError) as error:
+                except NB.Diverged as error:
                     result = str(error)
                 print(f"{base.network:8} {name:25} rate {rate:<6}: {result}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", nargs="*", choices=SWEEP, help="train at several learning rates (about 40 minutes)")
-    arguments = parser.parse_args()
+    networks = cookbook.swept(__doc__, SWEEP, "40 minutes")
     torch.manual_seed(0)
-    data = NB.Pictures(NB.load(DATA, "cifar-10-batches-bin", "smoke" if arguments.sweep is None else "cpu"))
-    if arguments.sweep is not None:
-        sweep(arguments.sweep or SWEEP, data)
-        return
+    data = NB.Pictures(NB.load(DATA, "cifar-10-batches-bin", "smoke" if networks is None else "cpu"))
+    if networks is not None:
+        return sweep(networks, data)
     for size in (CONFIG.layer, (500, 1000, 500), (2000, 500, 1000)):
         bench_step(*size)
     bench_training(data)

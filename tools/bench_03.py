@@ -7,7 +7,6 @@ a module's forward and backward beside that of transformers' DiffLlama; and the 
 differential attention at several learning rates instead: what `learning_rate` in the notebook was chosen by.
 """
 
-import argparse
 import os
 import sys
 from dataclasses import replace
@@ -87,7 +86,7 @@ def task(name, data):
 
 def sweep(names, data):
     """Final score of one seed for both kinds at several learning rates."""
-    for name in names or RATES:
+    for name in names:
         run, examples, score = task(name, data)
         for rate in RATES[name]:
             for kind in ("ordinary", "differential"):
@@ -97,14 +96,11 @@ def sweep(names, data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", nargs="*", choices=RATES, help="train at several learning rates (about half an hour)")
-    arguments = parser.parse_args()
+    tasks = cookbook.swept(__doc__, RATES, "half an hour")
     torch.manual_seed(0)
-    data = NB.Text(NB.load_text(DATA, "smoke" if arguments.sweep is None else "cpu"))
-    if arguments.sweep is not None:
-        sweep(arguments.sweep, data)
-        return
+    data = NB.Text(NB.load_text(DATA, "smoke" if tasks is None else "cpu"))
+    if tasks is not None:
+        return sweep(tasks, data)
     bench_attention()
     bench_module()
     bench_training(data)

@@ -1,5 +1,6 @@
 """What the maintainers' scripts and the tests share: finding, reading and executing notebooks, and what a notebook says of itself."""
 
+import argparse
 import hashlib
 import os
 import re
@@ -94,6 +95,14 @@ def parse_parameters(path, pairs):
     if unknown:
         raise SystemExit(f"{path.name} has no parameter {', '.join(unknown)}; it has: {', '.join(known)}")
     return parameters
+
+
+def swept(description, choices, duration):
+    """Which of the choices a benchmark is to sweep over learning rates: those named after --sweep, all where none is; None without it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", nargs="*", choices=choices, help=f"train at several learning rates instead (about {duration})")
+    names = parser.parse_args().sweep
+    return names if names is None else names or list(choices)
 
 
 def execute(source, target, preset, parameters=None):
