@@ -37,6 +37,12 @@ def nb03():
 
 
 @pytest.fixture(scope="session")
+def nb06():
+    """The definitions of notebook 06."""
+    return lifted("06")
+
+
+@pytest.fixture(scope="session")
 def nb07():
     """The definitions of notebook 07."""
     return lifted("07")

@@ -323,6 +323,8 @@ def sound_code(notebook, path):
 def github_markdown(notebook, path):
     """Mathematics and pictures that GitHub renders."""
     text = markdown_of(notebook)
+    if re.search(r"[\x00-\x09\x0b-\x1f]", text):
+        yield r"a control character: a backslash was lost, as of \top or \frac"
     for pattern, what in (
         (r"\\newcommand", r"\newcommand"),
         (r"\\begin\{(align|equation|gather)\*?\}", "a bare environment: use $$ and aligned"),

@@ -71,7 +71,9 @@ def test_runs_again_to_the_same_numbers(smoke):
     if not (folder / "checkpoints").exists():
         pytest.skip("keeps no checkpoints")
     second = execute.run(path, folder, COOKBOOK_PRESET="smoke", COOKBOOK_DATA=DATA)
-    numbers = lambda notebook: re.findall(r"validation (?:loss|accuracy) [\d.]+(?: ± [\d.]+)?", cookbook.headline(notebook))
+    measure = r"(?:validation (?:loss|accuracy)|AUROC|PRO) (?:[A-Za-z_ ]+ )?[\d.]+(?: ± [\d.]+)?"
+    numbers = lambda notebook: re.findall(measure, cookbook.headline(notebook))
+    assert numbers(second)
     assert numbers(second) == numbers(first)
 
 

@@ -93,6 +93,7 @@ BROKEN = [
     ("sound_code", "a swallowed error", lambda nb: append(last_code(nb), "\ntry:\n    f()\nexcept Exception:\n    pass")),
     ("sound_code", "unsafe loading", lambda nb: append(last_code(nb), "\ntorch.load(path)")),
     ("sound_code", "dead code", lambda nb: append(last_code(nb), "\n# print(x)")),
+    ("github_markdown", "a backslash lost", lambda nb: append(nb.cells[1], "\n$x^\top$")),
     ("github_markdown", "a bare align", lambda nb: append(nb.cells[1], "\n\\begin{align}x\\end{align}")),
     ("github_markdown", "a local picture", lambda nb: append(nb.cells[1], "\n![x](img/x.png)")),
 ]  # fmt: skip
