@@ -5,14 +5,13 @@ import hashlib
 import io
 import lzma
 import tarfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests import execute
+from tests.web import serving
 from tools import cookbook, make_data
 
 DATA = cookbook.ROOT / "data"
@@ -80,22 +79,8 @@ def web(tiny):
         base = Path(name).name
         pages[f"/right/{base}.gz"], pages[f"/cut/{base}.gz"] = gzip.compress(raw), gzip.compress(raw)[:-20]
         pages[f"/other/{base}.gz"], pages[f"/text/{base}.gz"] = gzip.compress(b"other"), b"<html>moved</html>"
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200 if self.path in pages else 404)
-            self.end_headers()
-            self.wfile.write(pages.get(self.path, b""))
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
+    with serving(pages) as address:
+        yield address
 
 
 def serve(tiny, monkeypatch, url, *places):

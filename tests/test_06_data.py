@@ -3,8 +3,6 @@
 import hashlib
 import io
 import tarfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests import execute
+from tests.web import serving
 from tools.cookbook import ROOT
 
 KINDS = {"good": 3, "scratch": 2, "dent": 2}
@@ -75,26 +74,10 @@ def tiny(nb06, monkeypatch):
 
 @pytest.fixture
 def web():
-    """(URL of a server on the loopback interface, what it was asked for): /right, /wrong, /cut, else 404."""
-    pages, asked = {"/right": ARCHIVE, "/wrong": b"<html>moved</html>", "/cut": ARCHIVE[:100]}, []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            body = pages.get(self.path)
-            self.send_response(200 if body else 404)
-            if body:
-                self.send_header("Content-Length", str(len(ARCHIVE) if self.path == "/cut" else len(body)))
-            self.end_headers()
-            self.wfile.write(body or b"")
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
+    """(URL of a server, what it was asked for): /right, /wrong, /cut, else 404."""
+    pages = {"/right": ARCHIVE, "/wrong": b"<html>moved</html>", "/cut": ARCHIVE[:100]}
+    with serving(pages, {"/right": len(ARCHIVE), "/cut": len(ARCHIVE)}) as address:
+        yield address
 
 
 def no_network(monkeypatch, notebook):
@@ -107,7 +90,7 @@ def no_network(monkeypatch, notebook):
 def test_a_category(nb06, tmp_path):
     write(tmp_path, mvtec())
     category = nb06.read_category(tmp_path / "bottle", 20)
-    assert (category.name, category.source) == ("bottle", "MVTec AD")
+    assert (category.name, category.source, category.files) == ("bottle", "MVTec AD", "20 × 20")
     assert category.train.shape == (5, 3, 20, 20)
     assert category.train.dtype == torch.uint8
     assert category.kinds == ("dent",) * 2 + ("good",) * 3 + ("scratch",) * 2
@@ -144,6 +127,7 @@ def test_pictures_of_any_size_and_mode(nb06, tmp_path):
         (tmp_path / f"bottle/train/good/{i:03}.png").write_bytes(png(size, mode))
     category = nb06.read_category(tmp_path / "bottle", 20)
     assert category.train.shape == (5, 3, 20, 20)
+    assert category.files == "20 × 20 to 33 × 33"
     grey = category.train[1]
     assert torch.equal(grey[0], grey[1])
     assert torch.equal(grey[0], grey[2])

@@ -458,7 +458,7 @@ def category_of(nb06, count=12, masks=True):
     for index in range(count // 3, count):
         drawn[index, index : index + 6, 8:16] = True
         test[index][:, torch.from_numpy(drawn[index])] += 100
-    return nb06.Category("tiny", pictures(10) // 4, test, tuple(kinds), drawn if masks else None, "synthetic")
+    return nb06.Category("tiny", pictures(10) // 4, test, tuple(kinds), drawn if masks else None, "synthetic", "32 × 32")
 
 
 def test_metrics(nb06):
@@ -573,7 +573,7 @@ def test_compare_and_regularisation_and_geometry(nb06):
     config = nb06.Config(size=32, sigma=1.0, batch_size=5, neighbours=0.1, epsilons=(0.1, 0.01))
     category, offered, extractor = category_of(nb06), torch.arange(9), TinyExtractor()
     found = nb06.compare(category, extractor, offered, 4, config, range(3))
-    once = {"PaDiM, all 9 features", "PaDiM, all 9 features, averaged over 3 × 3", "raw pixels, no network"}
+    once = {"PaDiM, all 9 features", "PaDiM, all 9 features, averaged over 3 × 3", "mean colours, no network"}
     assert all(len(runs) == (1 if name in once else 3) for name, runs in found.items())
     assert len(found) == 10
     draw = nb06.draw_features(9, 4, 1)
@@ -582,12 +582,15 @@ def test_compare_and_regularisation_and_geometry(nb06):
         nb06.embeddings_of(TinyExtractor(), category.test, draw, 3), own.mean, nb06.cholesky_factors(own, config.regularisation)
     )
     assert found["PaDiM, averaged over 3 × 3"][1] == pytest.approx(nb06.metrics(category, nb06.heat_maps(distances, 32, 1.0)), abs=1e-3)
+    bank = nb06.patch_banks(extractor, category.train, draw, 1, 0.1, (1,), 5)[1]
+    nearest = nb06.nearest_distances(bank, nb06.embeddings_of(extractor, category.test, draw))
+    assert found["nearest of 10% of the patches"][1] == pytest.approx(nb06.metrics(category, nb06.heat_maps(nearest, 32, 1.0)), abs=1e-3)
     swept = nb06.by_regularisation(category, extractor, offered, 4, config, range(2))
     assert swept["PaDiM, ε = 0.01"] == pytest.approx(found["PaDiM"][:2])
-    assert list(swept) == ["PaDiM, ε = 0.01", "PaDiM, ε = 0.1", "raw pixels, ε = 0.01", "raw pixels, ε = 0.1"]
+    assert list(swept) == ["PaDiM, ε = 0.01", "PaDiM, ε = 0.1", "mean colours, ε = 0.01", "mean colours, ε = 0.1"]
     rows = nb06.metrics_table({"tiny": swept}, "what")
     assert rows[0] == ["what", "tiny: image AUROC", "tiny: pixel AUROC", "tiny: PRO"]
-    assert rows[3][1] == f"{swept['raw pixels, ε = 0.01'][0]['image AUROC']:.3f}"
+    assert rows[3][1] == f"{swept['mean colours, ε = 0.01'][0]['image AUROC']:.3f}"
 
 
 def test_cases_shown(nb06):
@@ -720,6 +723,7 @@ def test_ranked(nb06):
     ties = [nb06.ranked([0.0, 1e-12] * 10, most, seed).tolist() for most, seed in ((True, 0), (False, 0), (True, 1))]
     assert all(sorted(order) == list(range(20)) for order in ties)
     assert len({tuple(order) for order in ties}) == 3
+    assert all({index % 2 for index in order[:10]} == {0, 1} for order in ties)  # 1e-12 is no difference
     assert nb06.tied([0.0, 1e-12, 0.5, 0.7]) == 0.5
     assert nb06.tied([3, 1, 2]) == 0
 
@@ -736,10 +740,14 @@ def test_selection_ranks_by_two_folds_and_judges_by_the_third(nb06, given):
     category, config, gaussian, test = given
     found = nb06.select(category, None, torch.arange(5), "pictures", config, 4)
     assert len(found["importances"]) == 3
+    own = nb06.Anatomy(gaussian, test).precision[3] * gaussian.covariance()[:, 3, 3]
+    assert found["redundancy"][3] == pytest.approx(own.mean().item(), rel=1e-5)
+    assert min(found["redundancy"]) >= 1
     assert set(found["AUROC"]) == {"random"} | {f"{kind}, {end}" for kind in ("permuted", "left out", "alone") for end in ("most", "least")}
-    assert all(list(line) == [1, 3] for line in found["AUROC"].values())
+    assert all(list(line) == [1, 3, 5] for line in found["AUROC"].values())
     assert found["AUROC"]["alone, most"][1] > 0.95
     assert found["AUROC"]["alone, least"][3] < 0.8
+    assert len({line[5] for line in found["AUROC"].values()}) == 1  # all features: whatever the order
     folds = nb06.StratifiedKFold(3, shuffle=True, random_state=4).split(category.kinds, category.kinds)
     judge = nb06.make_judge(category, "pictures", config)
     scores = []
@@ -755,10 +763,10 @@ def test_agreement(nb06):
     assert nb06.rank_correlation([1, 2, 3], [10, 20, 5]) == "-0.50"
     assert nb06.rank_correlation([1, 1, 1], [1, 2, 3]) == "—"
     fold = lambda *numbers: {"permuted": list(numbers), "left out": [0.0] * 3, "alone": [1.0, 2.0, 3.0]}
-    runs = [{"importances": [fold(1, 2, 3), fold(1, 2, 3), fold(3, 2, 1)]}]
+    runs = [{"importances": [fold(1, 2, 3), fold(1, 2, 3), fold(3, 2, 1)], "redundancy": [3.0, 2.0, 5.0]}]
     rows = nb06.agreement_rows({("a", "pictures"): runs, ("b", "pictures"): runs, ("a", "pixels"): runs})
-    assert rows[0] == ["a, pictures", "permuted", "0%", "-0.33", "1.00", "b 1.00"]
-    assert rows[1] == ["a, pictures", "left out", "100%", "—", "—", "b —"]
+    assert rows[0] == ["a, pictures", "permuted", "0%", "-0.33", "1.00", "0.50", "b 1.00"]
+    assert rows[1] == ["a, pictures", "left out", "100%", "—", "—", "—", "b —"]
     assert rows[6][-1] == "—"
 
 

@@ -7,16 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 
 from tests import execute
+from tests.web import serving
 from tools import cookbook
 
 FULL_TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
@@ -33,24 +32,10 @@ def shakespeare(request, monkeypatch):
 
 @pytest.fixture
 def web():
-    """URL of a server on the loopback interface: /right sends the text, /wrong a part, /cut too but announces it all, else 404."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            body = {"/right": FULL_TEXT, "/wrong": FULL_TEXT[:20], "/cut": FULL_TEXT[:20]}.get(self.path)
-            self.send_response(200 if body else 404)
-            if self.path == "/cut":
-                self.send_header("Content-Length", str(len(FULL_TEXT)))
-            self.end_headers()
-            self.wfile.write(body or b"")
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    """URL of a server: /right sends the text, /wrong a part, /cut too but announces it all, else 404."""
+    pages = {"/right": FULL_TEXT, "/wrong": FULL_TEXT[:20], "/cut": FULL_TEXT[:20]}
+    with serving(pages, {"/cut": len(FULL_TEXT)}) as (url, _):
+        yield url
 
 
 # --- the text of notebooks 03 and 07

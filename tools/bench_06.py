@@ -68,9 +68,9 @@ WAYS = {"notebook 06": Notebook, "anomalib": Anomalib}
 def embeddings(count, features, seed):
     """Batches of random, correlated embeddings (B, P, d), each made when it is asked for."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.eye(features) + torch.randn(features, features, generator=torch.Generator().manual_seed(1)) / features
     for start in range(0, count, BATCH):
-        yield torch.randn(min(BATCH, count - start), SIDE * SIDE, features, generator=generator) @ mixing + 1
+        shape = (min(BATCH, count - start), SIDE * SIDE)
+        yield torch.randn(*shape, features, generator=generator).add_(torch.randn(*shape, 1, generator=generator) + 1)
 
 
 def largest_memory(case):
