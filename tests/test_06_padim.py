@@ -330,6 +330,8 @@ def test_pro_score_of_known_maps(nb06):
     assert nb06.pro_score(masks, masks.astype(float)) == pytest.approx(1)
     assert nb06.pro_score(masks, -masks.astype(float)) == pytest.approx(0)
     assert nb06.pro_score(masks, np.zeros(masks.shape)) == pytest.approx(0.15)  # chance: half of max_fpr
+    assert nb06.pro_score(masks, masks) == pytest.approx(1)
+    assert nb06.pro_score(masks, masks.astype(np.uint8) + 1) == pytest.approx(1)  # unsigned: 0 - 1 is no -1
     small = np.zeros(masks.shape)
     small[0, :2, :2] = 1  # the small region weighs as much as the large one
     assert nb06.pro_score(masks, small, 1.0) == pytest.approx(0.75)
@@ -774,7 +776,9 @@ def test_models_of_stages(nb06, given):
     category, config, _, _ = given
     stages = np.array([0, 0, 1, 2, 2])
     found = nb06.stage_models(category, None, torch.arange(5), stages, config, range(3))
-    assert [len(runs) for runs in found.values()] == [1] * 7 + [3] * 3
+    assert [len(runs) for runs in found.values()] == [1] * 7 + [3] * 6
+    assert max(run["image AUROC"] for run in found["all stages, stage 2 exchanged"]) < 0.8  # the telling feature, of another picture
+    assert min(run["image AUROC"] for run in found["all stages, stage 1 exchanged"]) > 0.9
     assert found["stage 2 alone (1 features)"][0]["image AUROC"] > 0.95
     assert found["without stage 2"][0]["image AUROC"] < 0.8
     assert found["1 features of stage 2"][0] == pytest.approx(found["stage 2 alone (1 features)"][0])
