@@ -37,6 +37,12 @@ def nb03():
 
 
 @pytest.fixture(scope="session")
+def nb04():
+    """The definitions of notebook 04."""
+    return lifted("04")
+
+
+@pytest.fixture(scope="session")
 def nb06():
     """The definitions of notebook 06."""
     return lifted("06")

@@ -13,6 +13,7 @@ from tools import cookbook
 
 PATHS = cookbook.find()
 DATA = str(cookbook.ROOT / "data")
+NO_DATA = {"04"}  # their data are made by a package
 
 
 @pytest.fixture(scope="module", params=PATHS, ids=lambda path: path.stem)
@@ -71,13 +72,13 @@ def test_runs_again_to_the_same_numbers(smoke):
     if not (folder / "checkpoints").exists():
         pytest.skip("keeps no checkpoints")
     second = execute.run(path, folder, COOKBOOK_PRESET="smoke", COOKBOOK_DATA=DATA)
-    measure = r"(?:validation (?:loss|accuracy)|AUROC|PRO) (?:[A-Za-z_ ]+ )?[\d.]+(?: ± [\d.]+)?"
+    measure = r"(?:validation (?:loss|accuracy)|AUROC|PRO|success) (?:[A-Za-z_ ]+ )?[\d.]+(?: ± [\d.]+)?"
     numbers = lambda notebook: re.findall(measure, cookbook.headline(notebook))
     assert numbers(second)
     assert numbers(second) == numbers(first)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in PATHS if path.name[:2] not in NO_DATA], ids=lambda path: path.stem)
 def test_without_data_says_where_it_is(path, tmp_path):
     with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"https://\S+.*COOKBOOK_DATA"):
         execute.run(path, tmp_path, COOKBOOK_PRESET="smoke", COOKBOOK_DATA=str(tmp_path / "nothing"))

@@ -142,6 +142,10 @@ def test_render_compresses_figures_but_keeps_what_they_show():
         assert (after[0, 0] == 255).all()
     transparent = picture(lambda axes: axes.plot([1, 2]), transparent=True)
     assert render.compress(transparent) == transparent
+    film = io.BytesIO()
+    frames = [Image.new("L", (50, 50), color) for color in (0, 100, 255)]
+    frames[0].save(film, "gif", save_all=True, append_images=frames[1:])
+    assert render.compress(film.getvalue()) == film.getvalue()
 
 
 def test_stale_guard(repository, monkeypatch):

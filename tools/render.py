@@ -20,9 +20,12 @@ KEPT_CELL_METADATA = ("tags",)
 
 
 def compress(png):
-    """An opaque picture without its alpha channel, and with a palette of 256 colours where hardly a pixel (1 in 500) changes visibly."""
+    """An opaque picture without its alpha channel, and with a palette of 256 colours where hardly a pixel (1 in 500) changes visibly.
+
+    What is no PNG (a moving GIF shown as one) stays as it is.
+    """
     image = Image.open(io.BytesIO(png))
-    if image.convert("RGBA").getextrema()[3][0] < 255:
+    if image.format != "PNG" or image.convert("RGBA").getextrema()[3][0] < 255:
         return png
     image = image.convert("RGB")
     few = image.quantize(256, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
