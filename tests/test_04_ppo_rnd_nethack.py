@@ -762,7 +762,7 @@ def test_levels_by_the_rule(nb04):
     levels = nb04.choose_levels(config, 100)
     assert list(levels) == [2, 3]
     assert levels[3][0] == 19
-    assert all(15 <= moves <= 40 and luck < 0.5 for moves, _, luck in levels.values())
+    assert all(15 <= moves <= 40 and luck < 0.5 for moves, _, _, luck in levels.values())
     assert nb04.explore(1) is None  # no way by eight moves alone
     assert 3 not in nb04.choose_levels(replace(config, levels=1, nearest=20), 100)
 
@@ -848,7 +848,8 @@ def test_terminal_shows_the_characters(nb04):
     assert (picture[0] == 255).all()
     height, width = (picture.shape[0] - 4) // 24, (picture.shape[1] - 4) // 80
     lit = picture[2:-2, 2:-2].reshape(24, height, 80, width, 3).max((1, 3, 4)) > 0
-    row, column = observation["tty_cursor"]
+    row, column = observation["blstats"][1] + 1, observation["blstats"][0]
+    assert observation["tty_chars"][row, column] == ord("@")
     drawn = observation["tty_chars"] != ord(" ")
     assert lit[row, column]
     lit[row, column] = drawn[row, column]
