@@ -127,6 +127,13 @@ def test_running_statistics(nb04, shape, offset):
     assert running.count == 109
 
 
+def test_running_statistics_need_no_shape(nb04):
+    running, batch = nb04.RunningMeanStd(), np.random.default_rng(0).normal(size=(20, 3))
+    running.update(batch[:5])
+    running.update(batch[5:])
+    np.testing.assert_allclose((running.mean, running.var), (batch.mean(0), batch.var(0)))
+
+
 def test_running_statistics_of_single_precision(nb04):
     running = nb04.RunningMeanStd((1,))
     for part in np.split(np.float32(4000) + np.random.default_rng(0).random((10_000, 1), dtype=np.float32), 100):
@@ -201,9 +208,14 @@ def test_the_level_stays_and_the_dice_do_not(nb04):
     assert (maps[:, agree] == maps[0, agree]).all()
     assert agree.mean() > 0.99
     assert len({step.arrived.glyphs[i].tobytes() for step in steps[-1:] for i in range(4)}) > 1  # the pet goes its own ways
-    assert len({game.get_seeds()[:2] for game in games.games}) == 4
+    later = {game.get_seeds()[0] for game in games.games}
+    games.step(np.zeros(4, int))
+    other = nb04.Games("staircase", 4, 8, LEVEL, 0)
+    other.reset()
+    assert len(later | {game.get_seeds()[0] for game in other.games}) == 8  # other dice in each game and episode
     anew = nb04.Games("staircase", 4, 5, None, 0)
     assert len({tuple(glyphs.ravel()) for glyphs in anew.reset().glyphs}) == 4
+    assert all(game.get_seeds()[0] != game.get_seeds()[3] for game in anew.games)  # a dungeon of its own, not one tied to the dice
 
 
 def test_nothing_returned_changes_later(nb04):
@@ -270,6 +282,7 @@ def test_games_come_back_from_seeds_and_actions(nb04):
     games, other = (nb04.Games("staircase", 3, 7, None, 5) for _ in range(2))
     _, steps = play(games, 17)
     assert same(other.load_state_dict(games.state_dict()), steps[-1].observation)
+    assert other.state_dict() == games.state_dict()  # and can be saved again
     generator = np.random.default_rng(9)
     for _ in range(10):
         actions = generator.integers(8, size=3)
