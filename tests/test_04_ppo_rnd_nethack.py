@@ -525,6 +525,27 @@ def test_truncation_is_bootstrapped_with_where_it_stopped(nb04, learner, monkeyp
     assert ended == 4
 
 
+def test_an_end_is_not_bootstrapped(nb04, learner, monkeypatch):
+    steps, step = [], learner.games.step
+
+    def ending(actions):
+        """The first game dies where the others run out of steps."""
+        taken = step(actions)
+        steps.append(
+            taken._replace(terminated=taken.truncated & [True, False, False, False], truncated=taken.truncated & [False, True, True, True])
+        )
+        return steps[-1]
+
+    monkeypatch.setattr(learner.games, "step", ending)
+    rollouts = [nb04.collect(learner)[0] for _ in range(2)]
+    rewards, dones = (np.concatenate([rollout[name] for rollout in rollouts]) for name in ("rewards", "dones"))
+    t = next(t for t, taken in enumerate(steps) if taken.truncated.any())
+    assert steps[t].terminated[0]
+    assert dones[t].all()
+    assert rewards[t, 0] == 0
+    assert (rewards[t, 1:] != 0).all()
+
+
 def test_bonus_is_divided_by_the_deviation_of_its_sums(nb04):
     run = small(nb04)
     for change in ({}, {"normalise": False}, {"wrong_axis": True}):
@@ -690,7 +711,9 @@ def test_a_damaged_checkpoint_of_04_is_named(nb04, tmp_path, damage):
     if damage in ("another", "a list"):
         torch.save({"weights": torch.zeros(3)} if damage == "another" else [1, 2], path)
     else:
-        path.write_bytes({"cut": content[:1000], "garbage": b"\x80\x02." * 50, "flipped": content[:100] + bytes(300) + content[400:]}[damage])
+        path.write_bytes(
+            {"cut": content[:1000], "garbage": b"\x80\x02." * 50, "flipped": content[:100] + bytes(300) + content[400:]}[damage]
+        )
     with pytest.raises(ValueError, match=rf"{path.name} is damaged: delete it"):
         nb04.train(run, CPU, tmp_path)
 
@@ -770,14 +793,24 @@ def test_frontier(nb04):
     assert (7, 7) in nb04.frontier(glyphs, set())
 
 
-def test_levels_by_the_rule(nb04):
+def test_levels_by_the_rule(nb04, monkeypatch):
     config = nb04.Config(levels=2, first_level=0, nearest=15, farthest=40, luck=0.5, tries=16)
     levels = nb04.choose_levels(config, 100)
     assert list(levels) == [2, 3]
     assert levels[3][0] == 19
     assert all(15 <= moves <= 40 and luck < 0.5 for moves, _, _, luck in levels.values())
+    assert list(nb04.choose_levels(replace(config, farthest=20), 100)) == [3, 11]
+    assert list(nb04.choose_levels(replace(config, nearest=30), 100)) == [5, 7]
+    lucky = {level: np.array([[0.5 if level == 2 else 0.25, 0, 0, 1]]) for level in range(20)}
+    monkeypatch.setattr(nb04, "random_walk", lambda task, level, *rest: (lucky[level], 1))
+    assert list(nb04.choose_levels(replace(config, first_level=1), 100)) == [3, 4]
+
+
+def test_program_finds_the_stairs_or_gives_up(nb04):
     assert nb04.explore(1) is None  # no way by eight moves alone
-    assert 3 not in nb04.choose_levels(replace(config, levels=1, nearest=20), 100)
+    moves, steps, screen = nb04.explore(12)  # past a door that is locked
+    assert (moves, steps < 150) == (31, True)
+    assert (screen["tty_chars"] == ord(">")).any()
 
 
 def test_random_walk(nb04):
