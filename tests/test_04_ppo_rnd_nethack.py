@@ -498,18 +498,22 @@ def spied(learner, monkeypatch):
 
 
 def test_rollout_holds_what_was_seen_and_done(nb04, learner, monkeypatch):
-    begin, steps = learner.observation, spied(learner, monkeypatch)
-    rollout, last_values = nb04.collect(learner)
-    before = [begin, *(step.observation for step in steps[:-1])]
-    for t, (observation, step) in enumerate(zip(before, steps, strict=True)):
-        assert same(nb04.inputs_of(observation), (rollout["crop"][t], rollout["glyphs"][t], rollout["vector"][t]))
-        np.testing.assert_array_equal(rollout["near"][t], nb04.crops(step.arrived))
-        np.testing.assert_array_equal(rollout["place"][t], nb04.places(step.arrived.blstats))
-        np.testing.assert_allclose(rollout["values"][t], learner.values(observation), rtol=1e-5)
-        np.testing.assert_array_equal(rollout["dones"][t], step.terminated | step.truncated)
-    np.testing.assert_allclose(last_values, learner.values(steps[-1].observation))
-    assert same(learner.observation, steps[-1].observation)
-    assert rollout["crop"].shape == (8, 4, 9, 9)
+    """Two rollouts of eight steps; episodes end after the twelfth step, within the second."""
+    observations, steps = [learner.observation], spied(learner, monkeypatch)
+    for end in (8, 16):
+        rollout, last_values = nb04.collect(learner)
+        observations += [step.observation for step in steps[end - 8 : end]]
+        for t, (observation, step) in enumerate(zip(observations[end - 8 : end], steps[end - 8 : end], strict=True)):
+            assert same(nb04.inputs_of(observation), (rollout["crop"][t], rollout["glyphs"][t], rollout["vector"][t]))
+            np.testing.assert_array_equal(rollout["near"][t], nb04.crops(step.arrived))
+            np.testing.assert_array_equal(rollout["place"][t], nb04.places(step.arrived.blstats))
+            np.testing.assert_allclose(rollout["values"][t], learner.values(observation), rtol=1e-5)
+            np.testing.assert_array_equal(rollout["dones"][t], step.terminated | step.truncated)
+        np.testing.assert_allclose(last_values, learner.values(steps[end - 1].observation))
+        assert same(learner.observation, steps[end - 1].observation)
+        assert rollout["crop"].shape == (8, 4, 9, 9)
+    assert rollout["dones"].sum() == 4
+    assert not same(steps[11].arrived, steps[11].observation)
 
 
 def test_truncation_is_bootstrapped_with_where_it_stopped(nb04, learner, monkeypatch):
