@@ -608,6 +608,17 @@ def test_what_paid_becomes_likelier(nb04):
     assert (after > before).all()
 
 
+@pytest.mark.parametrize(("entropy", "rises"), [(0.1, True), (-0.1, False)])
+def test_entropy_is_rewarded(nb04, entropy, rises):
+    """Nothing else to learn: no advantage, values at their targets."""
+    learner = nb04.Learner(small(nb04, epochs=1, minibatches=1, entropy=entropy, bonus=False), CPU)
+    with torch.no_grad():
+        learner.agent.policy.bias.copy_(torch.linspace(-1, 1, 8))
+    rollout, _ = nb04.collect(learner)
+    first, second = (nb04.improve(learner, rollout, np.zeros((8, 4)), rollout["values"], None)["entropy"] for _ in range(2))
+    assert (second > first) == rises
+
+
 def test_losses_of_the_first_minibatch(nb04):
     """At first the ratio is 1: the loss of the policy is minus the mean advantage, 0 when standardised; values against their targets."""
     learner = nb04.Learner(small(nb04, epochs=1, minibatches=1), CPU)
@@ -629,6 +640,52 @@ def test_all_samples_are_used_once_an_epoch(nb04, monkeypatch):
     assert [len(size) for size in sizes] == [8] * 8
     assert sorted(torch.cat(sizes[:4]).tolist()) == list(range(32)) == sorted(torch.cat(sizes[4:]).tolist())
     assert sizes[0].tolist() != sizes[4].tolist()
+
+
+def test_every_sample_has_its_target(nb04):
+    """Without a step (rate 0) the loss of four minibatches is that of all samples together."""
+    learner = nb04.Learner(small(nb04, epochs=1, learning_rate=0.0), CPU)
+    with torch.no_grad():
+        learner.agent.values.weight.mul_(1000)  # values differ between samples
+    rollout, _ = nb04.collect(learner)
+    off = np.random.default_rng(0).normal(size=(8, 4, 2))
+    losses = nb04.improve(learner, rollout, np.zeros((8, 4)), rollout["values"] + off, torch.zeros(32, 181))
+    assert losses["value loss"] == pytest.approx((off[..., 0] ** 2).mean(), rel=1e-3)
+
+
+def test_both_values_learn(nb04):
+    learner = nb04.Learner(small(nb04, epochs=40), CPU)
+    rollout, _ = nb04.collect(learner)
+    targets = rollout["values"] + np.array([0.0, 1.0])
+    nb04.improve(learner, rollout, np.zeros((8, 4)), targets, torch.zeros(32, 181))
+    crop, glyphs, vector = (rollout[name].reshape(32, *rollout[name].shape[2:]) for name in ("crop", "glyphs", "vector"))
+    values = learner.agent(*nb04.tensors((crop, glyphs, vector), CPU))[1].detach().numpy()
+    assert np.abs(values - targets.reshape(32, 2)).mean() < 0.3
+
+
+def test_settings_reach_the_update(nb04, monkeypatch):
+    learner = nb04.Learner(small(nb04, clip=0.3, share=0.0, standardise=False), CPU)
+    rollout, _ = nb04.collect(learner)
+    clips, inner, advantages = [], nb04.ppo_loss, np.random.default_rng(0).normal(size=(8, 4)) * 1000
+    monkeypatch.setattr(
+        nb04, "ppo_loss", lambda new, old, scaled, clip: clips.append((clip, scaled.std().item())) or inner(new, old, scaled, clip)
+    )
+    before = {name: value.clone() for name, value in learner.novelty.state_dict().items()}
+    nb04.improve(learner, rollout, advantages, rollout["values"], torch.zeros(32, 181))
+    assert {clip for clip, _ in clips} == {0.3}
+    assert min(scale for _, scale in clips) > 100  # as they are
+    assert same_tensors(before, learner.novelty.state_dict())  # no sample was chosen
+    norm = torch.stack([parameter.grad.norm() for parameter in learner.agent.parameters()]).norm()
+    assert norm == pytest.approx(0.5, rel=1e-3)  # clipped
+
+
+def test_share_of_the_samples_trains_the_predictor(nb04, monkeypatch):
+    learner = nb04.Learner(small(nb04, share=0.25, epochs=100, minibatches=1), CPU)
+    rollout, _ = nb04.collect(learner)
+    rows = []
+    learner.novelty.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    nb04.improve(learner, rollout, np.zeros((8, 4)), rollout["values"], torch.zeros(32, 181))
+    assert sum(rows) / 3200 == pytest.approx(0.25, abs=0.04)
 
 
 def test_mixed_precision(nb04, monkeypatch):
@@ -678,6 +735,7 @@ def test_a_finished_run_of_04_is_remembered(nb04, tmp_path, monkeypatch):
     run = small(nb04, steps=64)
     path = nb04.train(run, CPU, tmp_path)
     assert set(nb04.load(path)) == {"history", "seconds", "agent", "novelty"}
+    assert list(tmp_path.iterdir()) == [path]
     assert [row["steps"] for row in nb04.load(path)["history"]] == [32, 64]
     monkeypatch.setattr(nb04, "Learner", None)
     assert nb04.train(run, CPU, tmp_path) == path
@@ -878,8 +936,9 @@ def test_bootstrap(nb04):
     assert low < np.mean(first) - np.mean(second) < high
     expected = 1.96 * np.sqrt(2 / 120)
     assert (high - low) / 2 == pytest.approx(expected, rel=0.6)
-    low, high = nb04.bootstrap(np.arange(5)[:, None] * np.ones(3), np.zeros((5, 3)), 2000, 0)  # levels differ, seeds do not
-    assert high - low > 1.5
+    levels = generator.normal(size=(40, 1)) * np.ones(3)  # levels differ, seeds do not
+    low, high = nb04.bootstrap(levels, np.zeros((40, 3)), 10_000, 0)
+    assert (high - low) / 2 == pytest.approx(1.96 * levels[:, 0].std() / np.sqrt(40), rel=0.06)
     np.testing.assert_allclose(nb04.bootstrap(first, first * 0 + first.mean(), 1, 0).shape, (2,))
     paired = nb04.bootstrap(np.arange(5)[:, None] + np.ones((5, 3)), np.arange(5)[:, None] * np.ones((5, 3)), 200, 0)
     np.testing.assert_allclose(paired, [1, 1])  # the same levels for both methods
