@@ -23,6 +23,15 @@ CPU = torch.device("cpu")
 LEVEL = 3  # the stairs down are 19 moves away
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the notebook has it; sums of several threads round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def small(notebook, **change):
     """A run of a few seconds."""
     settings = dict(level=LEVEL, steps=5 * 32, num_games=4, horizon=8, max_steps=12, window=5, width=16, features=8, warm_up=3, seed=1)
