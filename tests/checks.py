@@ -53,3 +53,17 @@ def check_seconds_in_turns(notebook):
     assert calls == ["a", "b"] * 4
     assert set(seconds) == {"a", "b"}
     assert all(0 <= s < 0.1 for s in seconds.values())
+
+
+def check_kill_while_saving(save, path, monkeypatch):
+    """A kill while save() writes a checkpoint leaves the one before at `path`."""
+    before = path.read_bytes()
+
+    def torn(state, target):
+        target.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        save()
+    assert path.read_bytes() == before
