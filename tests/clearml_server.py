@@ -55,7 +55,9 @@ class ClearMLServer:
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
     def answer(self, call, body):
-        request = json.loads(body) if call == "tasks.create" else {}
+        """The data of an answer. A task is in progress from its start on, else the client would end the process after half a minute."""
+        request = json.loads(body) if body.startswith(b"{") and call.startswith("tasks.") else {}
+        task = self.tasks.get(request.get("task"), {})
         if call == "auth.login":
             return {"token": token()}
         if call == "projects.get_all":
@@ -65,11 +67,15 @@ class ClearMLServer:
         if call == "projects.get_by_id":
             return {"project": {"id": "p" * 32, "name": "cookbook"}}
         if call == "tasks.create":
-            self.tasks["t" * 32] = {**request, "id": "t" * 32, "status": "created", "company": "c", "user": "u"}
-            return {"id": "t" * 32}
-        if call in ("tasks.get_by_id", "tasks.get_all"):
-            task = self.tasks.get("t" * 32, {})
-            return {"task": task} if call == "tasks.get_by_id" else {"tasks": [task] if task else []}
+            identity = f"{len(self.tasks):032}"
+            self.tasks[identity] = {**request, "id": identity, "status": "created", "company": "c", "user": "u"}
+            return {"id": identity}
+        if call in ("tasks.started", "tasks.completed") and task:
+            task["status"] = {"tasks.started": "in_progress", "tasks.completed": "completed"}[call]
+        if call == "tasks.get_by_id":
+            return {"task": task}
+        if call == "tasks.get_all":
+            return {"tasks": [self.tasks[identity] for identity in request.get("id", []) if identity in self.tasks]}
         if call == "events.add_batch":
             return {"added": body.count(b"\n"), "errors": 0, "errors_info": {}}
         return {"updated": 1, "fields": {}, "started": 1}

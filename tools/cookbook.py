@@ -1,31 +1,46 @@
-"""What the maintainers' scripts and the tests share: finding, reading and executing notebooks, and what a notebook says of itself."""
+"""What the maintainers' scripts and the tests share: finding, reading and writing notebooks, and what a notebook says of itself."""
 
 import argparse
 import hashlib
-import os
 import re
-import shutil
-import time
 import tomllib
 from pathlib import Path
 
 import nbformat
-import papermill
-import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
+MINIATURE = ROOT / "tests" / "miniature" / "00_least_squares_line.ipynb"
 PRESETS = ("smoke", "cpu", "gpu")
 HEADLINE = re.compile(r"(<!-- headline -->).*?(<!-- /headline -->)", re.DOTALL)
 
 
 def find(number=None):
-    """Paths of all notebooks, or of the one with this number; exits with a list of them where there is none."""
+    """Paths of all notebooks, or of the one with this number (00 is the tests' miniature); exits with a list where there is none."""
+    if number and f"{number:0>2}" == "00":
+        return miniatures()
     paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     chosen = [path for path in paths if not number or path.name[:2] == f"{number:0>2}"]
     if not chosen:
         raise SystemExit(f"no notebook {number}; there are: {', '.join(path.name for path in paths)}")
     return chosen
+
+
+def miniatures():
+    """The small complete notebook in tests/ on which rules and tools are tried."""
+    return [MINIATURE] if MINIATURE.exists() else []
+
+
+def picture_path(path):
+    """Where the picture of a notebook lies: in img/; that of the miniature beside it."""
+    path = Path(path)
+    return (path.parent.parent / "img" / path.name if path.parent.name == "notebooks" else path).with_suffix(".png")
+
+
+def raw_url(path):
+    """Address at which GitHub serves a file of the repository."""
+    where = settings()
+    return f"https://raw.githubusercontent.com/{where['repository']}/{where['branch']}/{Path(path).relative_to(ROOT).as_posix()}"
 
 
 def read(path):
@@ -81,20 +96,20 @@ def settings():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cookbook"]
 
 
+def first_editions():
+    """{number: {"gallery": ..., "thumbnail": ...}} of the notebooks that the rules of the second edition do not hold for yet."""
+    return settings().get("first_editions", {})
+
+
+def is_first_edition(path):
+    return Path(path).name[:2] in first_editions()
+
+
 def badge(path):
     """Markdown of the Colab badge for a notebook."""
-    where = f"https://colab.research.google.com/github/{settings()['repository']}/blob/{settings()['branch']}/notebooks/{Path(path).name}"
-    return f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({where})"
-
-
-def parse_parameters(path, pairs):
-    """{"name": value} from NAME=VALUE pairs (values as YAML); exits where the notebook has no such parameter."""
-    parameters = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in pairs)}
-    known = papermill.inspect_notebook(str(path))
-    unknown = sorted(set(parameters) - set(known))
-    if unknown:
-        raise SystemExit(f"{path.name} has no parameter {', '.join(unknown)}; it has: {', '.join(known)}")
-    return parameters
+    where, place = settings(), Path(path).relative_to(ROOT).as_posix()
+    link = f"https://colab.research.google.com/github/{where['repository']}/blob/{where['branch']}/{place}"
+    return f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
 
 
 def swept(description, choices, duration):
@@ -103,34 +118,3 @@ def swept(description, choices, duration):
     parser.add_argument("--sweep", nargs="*", choices=choices, help=f"train at several learning rates instead (about {duration})")
     names = parser.parse_args().sweep
     return names if names is None else names or list(choices)
-
-
-def execute(source, target, preset, parameters=None):
-    """Run a notebook into `target` by papermill; returns (minutes, error), where error is None or names the cell that failed.
-
-    The run has a folder of its own beside `target`. An interrupted or failed run leaves it, checkpoints included, and the next run
-    of the same code continues there; the minutes are those of all attempts.
-    """
-    if preset not in PRESETS:
-        raise SystemExit(f"no preset {preset}; there are: {', '.join(PRESETS)}")
-    folder = target.with_name(f"{target.stem}-{code_hash(read(source))[:8]}")
-    folder.mkdir(parents=True, exist_ok=True)
-    clock = folder / "seconds.txt"
-    before = float(clock.read_text()) if clock.exists() else 0.0
-    os.environ["COOKBOOK_PRESET"] = preset
-    os.environ["COOKBOOK_DATA"] = str(Path(os.environ.get("COOKBOOK_DATA") or ROOT / "data").resolve())
-    os.environ.pop("MPLBACKEND", None)  # Agg would drop the figures
-    start, error = time.perf_counter(), None
-    try:
-        papermill.execute_notebook(
-            str(source), str(target), parameters=parameters or {}, cwd=str(folder), kernel_name="python3",
-            progress_bar={"desc": source.stem, "unit": "cell"}, coalesce_streams=True,
-        )  # fmt: skip
-    except papermill.PapermillExecutionError as failure:
-        error = f"cell {failure.cell_index} (In [{failure.exec_count}]): {failure.ename}: {failure.evalue}"
-    finally:
-        seconds = before + time.perf_counter() - start
-        clock.write_text(f"{seconds:.1f}")
-    if error is None:
-        shutil.rmtree(folder)
-    return seconds / 60, error
