@@ -1,21 +1,19 @@
-import functools
+"""What tests share: `nb06`, the definitions of notebook 06, and so on for every notebook; seeds; threads."""
+
 import os
-import sys
-from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores; kernels and processes that a test starts inherit it
+os.environ.setdefault("CLEARML_OFFLINE_MODE", "1")  # no test reports to a server of the person who runs it
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.lift import lift
 from tools import cookbook
+from tools.lift import lift
 
-os.environ.setdefault("CLEARML_OFFLINE_MODE", "1")  # no test reports to a server of the person who runs it
-
-
-@functools.cache
-def lifted(number):
-    return lift(cookbook.find(number)[0])
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -24,31 +22,15 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def nb01():
-    """The definitions of notebook 01."""
-    return lifted("01")
+def definitions_of(path):
+    """Fixture with the definitions of the notebook at `path`, lifted once in a session."""
+
+    def lifted():
+        return lift(path)
+
+    lifted.__doc__ = f"The definitions of notebook {path.name[:2]}."
+    return pytest.fixture(scope="session")(lifted)
 
 
-@pytest.fixture(scope="session")
-def nb03():
-    """The definitions of notebook 03."""
-    return lifted("03")
-
-
-@pytest.fixture(scope="session")
-def nb04():
-    """The definitions of notebook 04."""
-    return lifted("04")
-
-
-@pytest.fixture(scope="session")
-def nb06():
-    """The definitions of notebook 06."""
-    return lifted("06")
-
-
-@pytest.fixture(scope="session")
-def nb07():
-    """The definitions of notebook 07."""
-    return lifted("07")
+for notebook in cookbook.find():
+    globals()[f"nb{notebook.name[:2]}"] = definitions_of(notebook)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import execute
+from tests.stranger import NOWHERE
 from tests.web import serving
 from tools import cookbook, make_data
 
@@ -142,7 +142,7 @@ def test_download(tiny, web, data_set, tmp_path, monkeypatch, capsys):
     """Addresses are tried in order; what is missing, cut, something else or no archive is said and passed over."""
     url, asked = web
     serve(tiny, monkeypatch, url, "gone", "text", "cut", "other", "right", "never")
-    monkeypatch.setattr(tiny, "URLS", {key: (f"{execute.NOWHERE}/", *urls) for key, urls in tiny.URLS.items()})
+    monkeypatch.setattr(tiny, "URLS", {key: (f"{NOWHERE}/", *urls) for key, urls in tiny.URLS.items()})
     loaded = tiny.load(tmp_path, data_set, "cpu")
     assert len(loaded["test"][1]) == 20
     said = capsys.readouterr().out

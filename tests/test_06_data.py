@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests import execute
+from tests.stranger import NOWHERE
 from tests.web import serving
 from tools.cookbook import ROOT
 
@@ -212,7 +212,7 @@ def test_all_categories(nb06, tmp_path, monkeypatch):
 def test_download_of_the_categories_wanted(tiny, web, tmp_path, capsys):
     """Addresses are tried in order; what is missing, cut or something else is said and passed over."""
     url, asked = web
-    urls = ("", f"{execute.NOWHERE}/x", f"{url}/gone", f"{url}/cut", f"{url}/wrong", f"{url}/right", f"{url}/never")
+    urls = ("", f"{NOWHERE}/x", f"{url}/gone", f"{url}/cut", f"{url}/wrong", f"{url}/right", f"{url}/never")
     (category,) = tiny.load(tmp_path, ("bottle",), "cpu", urls, 20)
     assert len(category.train) == 5
     said = capsys.readouterr().out

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import lifted
 from tools import cookbook, make_data
 
 DATA = cookbook.ROOT / "data"
@@ -30,22 +29,23 @@ def reader():
     return namespace
 
 
-def embedded_files():
+@pytest.fixture(scope="module")
+def embedded_files(nb01):
     """Files in data/ but those full data sets that a notebook has downloaded there."""
-    downloads = {"tinyshakespeare.txt", *lifted("01").SHA256}
+    downloads = {"tinyshakespeare.txt", *nb01.SHA256}
     return [path for path in DATA.rglob("*") if path.is_file() and str(path.relative_to(DATA)) not in downloads]
 
 
-def test_sums_are_those_of_the_readme():
+def test_sums_are_those_of_the_readme(embedded_files):
     stated = dict(reversed(line.split()) for line in re.findall(r"(?m)^[0-9a-f]{64}  \S+$", README))
-    files = {str(path.relative_to(DATA)) for path in embedded_files()} - {"README.md"}
+    files = {str(path.relative_to(DATA)) for path in embedded_files} - {"README.md"}
     assert files == set(stated)
     for name, digest in stated.items():
         assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == digest, name
 
 
-def test_size():
-    assert sum(path.stat().st_size for path in embedded_files()) <= 40_000_000
+def test_size(embedded_files):
+    assert sum(path.stat().st_size for path in embedded_files) <= 40_000_000
 
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])

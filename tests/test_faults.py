@@ -1,20 +1,20 @@
 """Runs that are interrupted, data that are missing or damaged: nothing is lost, and the error says what to do."""
 
-import functools
 import hashlib
 import itertools
 import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from tests import execute
+from tests.checks import check_kill_while_saving
+from tests.faults import TRAININGS
+from tests.stranger import NOWHERE
 from tests.web import serving
 from tools import cookbook
 
@@ -43,7 +43,7 @@ def web():
 
 def test_mirrors_are_tried_in_order_and_checked(shakespeare, web, tmp_path, capsys):
     path = tmp_path / "new" / "tinyshakespeare.txt"
-    assert shakespeare.download(path, (f"{execute.NOWHERE}/x", f"{web}/gone", f"{web}/cut", f"{web}/wrong", f"{web}/right"))
+    assert shakespeare.download(path, (f"{NOWHERE}/x", f"{web}/gone", f"{web}/cut", f"{web}/wrong", f"{web}/right"))
     assert path.read_bytes() == FULL_TEXT
     said = capsys.readouterr().out
     assert said.count("could not download") == 3
@@ -52,7 +52,7 @@ def test_mirrors_are_tried_in_order_and_checked(shakespeare, web, tmp_path, caps
 
 def test_nothing_is_written_without_the_right_bytes(shakespeare, web, tmp_path):
     path = tmp_path / "tinyshakespeare.txt"
-    assert not shakespeare.download(path, (f"{web}/wrong", f"{execute.NOWHERE}/x"))
+    assert not shakespeare.download(path, (f"{web}/wrong", f"{NOWHERE}/x"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,26 +96,32 @@ def test_a_truncated_text_is_named(shakespeare, tmp_path, monkeypatch, name):
         shakespeare.load_text(tmp_path, "cpu")
 
 
-# --- interrupted runs of notebook 07
+# --- interrupted trainings of notebooks 01, 03 and 07
+
+NOT_OF_THIS_MODEL = r"run.pt is damaged or not of this model: delete it"
 
 
-@pytest.fixture(scope="module")
-def run07(nb07):
-    return nb07.Run(n_layer=2, n_head=2, d_model=16, context=16, batch_size=4, steps=40, warmup=5, dropout=0.2)
+@pytest.fixture(params=[training.number for training in TRAININGS])
+def training(request):
+    """The small training of a notebook."""
+    (training,) = (training for training in TRAININGS if training.number == request.param)
+    return replace(training, notebook=request.getfixturevalue(f"nb{request.param}"))
 
 
-@pytest.fixture(scope="module")
-def corpus07(nb07):
-    return nb07.make_corpus("to be, or not to be: that is the question. " * 60)
-
-
-def equal(first, second):
-    """Whether two (model, log) pairs are the same to the last bit; seconds aside."""
-    weights = zip(first[0].state_dict().values(), second[0].state_dict().values(), strict=True)
-    return all(torch.equal(a, b) for a, b in weights) and all(first[1][key] == second[1][key] for key in ("step", "train", "validation"))
+def check_same(training, first, second):
+    """Two (model, log) are the same to the last bit, seconds aside."""
+    (model, log), (other_model, other_log) = first, second
+    for column in training.columns:
+        assert log[column] == other_log[column], column
+    weights, other_weights = model.state_dict(), other_model.state_dict()
+    assert weights.keys() == other_weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, other_weights[name]), name
 
 
 def interrupt_at(step):
+    """A report that stops the training where it reports a later step."""
+
     def report(series, value, now):
         if now > step:
             raise KeyboardInterrupt
@@ -123,226 +129,92 @@ def interrupt_at(step):
     return report
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_interrupted_training_resumes_to_the_same_numbers(nb07, run07, corpus07, tmp_path, dtype):
-    """Dropout, batches, optimiser, loss scaler and curves included."""
-    whole = nb07.train(run07, corpus07, 3, eval_every=10, dtype=dtype)
-    path = tmp_path / "c" / "run.pt"
+METHODS = (("explicit", "nesterov"), ("exact", "nesterov"), ("cg", "adam"), ("explicit", "muon"))
+KINDS = ("ordinary", "differential", "v2")
+VARIANTS = [  # (notebook, changes to its Run, options of train)
+    *(("01", {"method": method, "optimizer": name, "learning_rate": 0.02}, {}) for method, name in METHODS),
+    *(("03", {"kind": kind}, {"dtype": dtype}) for kind in KINDS for dtype in (None, torch.float16)),
+    *(("07", {}, {"dtype": dtype}) for dtype in (None, torch.float16)),
+]
+
+
+@pytest.mark.parametrize(("training", "changes", "options"), VARIANTS, indirect=["training"], ids=str)
+def test_interrupted_training_resumes_to_the_same_numbers(training, changes, options, tmp_path):
+    """Batches, dropout, optimisers, loss scaler and curves included."""
+    path, points, resumed_points = tmp_path / "c" / "run.pt", [], []
+    whole = training(changes, report=lambda *point: points.append(point), **options)
     with pytest.raises(KeyboardInterrupt):
-        nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path, save_every=0, report=interrupt_at(20), dtype=dtype)
+        training(changes, checkpoint=path, save_every=0, report=interrupt_at(20), **options)
+    kept = torch.load(path, weights_only=True)["log"]
     torch.rand(7)  # whatever the restarted notebook has drawn before
-    steps = []
-    resumed = nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path, report=lambda *point: steps.append(point[2]), dtype=dtype)
-    assert min(steps) == 30
-    assert equal(whole, resumed)
-    assert equal(whole, nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path, dtype=dtype))  # finished: nothing left to do
+    resumed = training(changes, checkpoint=path, report=lambda *point: resumed_points.append(point), **options)
+    assert kept["step"] == [10, 20]
+    assert resumed[1]["seconds"][:2] == kept["seconds"]
+    if training.seconds_add_up:
+        assert all(before < after for before, after in itertools.pairwise(resumed[1]["seconds"]))
+    assert resumed_points == [point for point in points if training.reports_all or point[2] > 20]
+    check_same(training, whole, resumed)
+    check_same(training, whole, training(changes, checkpoint=path, **options))  # finished: nothing left to do
 
 
-KILLED = """
-import sys, time
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from tests.lift import lift
-from tools import cookbook
-nb07 = lift(cookbook.find("07")[0])
-run = nb07.Run(n_layer=2, n_head=2, d_model=16, context=16, batch_size=4, steps=40, warmup=5, dropout=0.2)
-corpus = nb07.make_corpus("to be, or not to be: that is the question. " * 60)
-def report(series, value, step):
-    print(step, flush=True)
-    time.sleep(30 if step > 20 else 0)
-nb07.train(run, corpus, 3, eval_every=10, checkpoint=Path({path!r}), save_every=0, report=report)
-"""
-
-
-def test_killed_training_resumes_to_the_same_numbers(nb07, run07, corpus07, tmp_path):
+@pytest.mark.parametrize("training", ["07"], indirect=True)  # a process takes seconds to start, and they save alike
+def test_killed_training_resumes_to_the_same_numbers(training, tmp_path):
     path = tmp_path / "run.pt"
-    script = KILLED.format(root=str(cookbook.ROOT), path=str(path))
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "tests.faults", training.number, str(path)]
+    with subprocess.Popen(command, cwd=cookbook.ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.strip() == "30":
                 os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert equal(nb07.train(run07, corpus07, 3, eval_every=10), nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path))
+    assert torch.load(path, weights_only=True)["log"]["step"] == [10, 20]
+    check_same(training, training(), training(checkpoint=path))
 
 
-def check_torn_save(train, path, monkeypatch):
-    """A kill while train(checkpoint, save_every, ...) writes a checkpoint leaves the one before."""
-    with pytest.raises(KeyboardInterrupt):
-        train(checkpoint=path, save_every=0, report=interrupt_at(20))
-    before = path.read_bytes()
-
-    def torn(state, target):
-        target.write_bytes(b"half a file")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(KeyboardInterrupt):
-        train(checkpoint=path, save_every=0)
-    assert path.read_bytes() == before
-
-
-def test_a_kill_while_saving_leaves_the_old_checkpoint(nb07, run07, corpus07, tmp_path, monkeypatch):
-    check_torn_save(functools.partial(nb07.train, run07, corpus07, 3, eval_every=10), tmp_path / "run.pt", monkeypatch)
-
-
-def test_another_run_does_not_take_up_the_checkpoint(nb07, run07, corpus07, tmp_path):
-    paths = [
-        nb07.checkpoint_path(tmp_path, run, corpus07, seed, 10) for run, seed in ((run07, 3), (replace(run07, dropout=0.0), 3), (run07, 4))
-    ]
-    assert len(set(paths)) == 3
-
-
-def test_a_damaged_checkpoint_is_named(nb07, run07, corpus07, tmp_path):
+def test_a_kill_while_saving_leaves_the_old_checkpoint(training, tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"run.pt is damaged.*delete it"):
-        nb07.train(run07, corpus07, 3, eval_every=10, checkpoint=path)
-
-
-def test_a_checkpoint_of_another_model_is_named(nb07, run07, corpus07, tmp_path):
-    path = tmp_path / "run.pt"
-    nb07.train(run07, corpus07, 3, eval_every=40, checkpoint=path)
-    with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
-        nb07.train(replace(run07, position="learned"), corpus07, 3, eval_every=40, checkpoint=path)
-    torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
-        nb07.train(run07, corpus07, 3, eval_every=40, checkpoint=path)
-
-
-def test_checkpoints_hold_data_only(nb07, run07, corpus07, tmp_path):
-    """They load without unpickling code."""
-    path = tmp_path / "run.pt"
-    nb07.train(run07, corpus07, 3, eval_every=40, checkpoint=path)
-    state = torch.load(path, weights_only=True)
-    assert state["log"]["step"] == [40]
-    assert np.isfinite(state["log"]["train"]).all()
-    assert not path.with_suffix(".tmp").exists()
-    assert time.time() - path.stat().st_mtime < 600
-
-
-# --- interrupted runs of notebook 03
-
-
-@pytest.fixture(scope="module")
-def task03(nb03):
-    """(run, data, score) of a small training."""
-    run = nb03.Run(n_layer=2, d_model=16, n_head=4, context=16, batch_size=4, steps=40, warmup=5)
-    data = nb03.Text("to be, or not to be: that is the question. " * 60)
-    return run, data, lambda model: nb03.text_loss(model, data.validation, 16)
-
-
-def same(first, second):
-    """Whether two (model, log) pairs are the same to the last bit; seconds aside."""
-    weights = zip(first[0].state_dict().values(), second[0].state_dict().values(), strict=True)
-    return all(torch.equal(a, b) for a, b in weights) and all(
-        first[1][key] == second[1][key] for key in ("step", "loss", "score", "lambda")
-    )
-
-
-@pytest.mark.parametrize("kind", ["ordinary", "differential", "v2"])
-@pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_interrupted_training_of_03_resumes_to_the_same_numbers(nb03, task03, tmp_path, kind, dtype):
-    """Batches, optimiser, loss scaler, lambda and curves included."""
-    run, data, score = task03
-    train = lambda **options: nb03.train(replace(run, kind=kind), data, 3, score, eval_every=10, dtype=dtype, **options)
-    whole, path = train(), tmp_path / "c" / "run.pt"
     with pytest.raises(KeyboardInterrupt):
-        train(checkpoint=path, save_every=0, report=interrupt_at(20))
-    torch.rand(7)  # whatever the restarted notebook has drawn before
-    steps = []
-    resumed = train(checkpoint=path, report=lambda *point: steps.append(point[2]))
-    assert min(steps) == 30
-    assert same(whole, resumed)
-    assert same(whole, train(checkpoint=path))  # finished: nothing left to do
-    assert torch.load(path, weights_only=True)["log"]["step"] == [10, 20, 30, 40]
-    assert not path.with_suffix(".tmp").exists()
+        training(checkpoint=path, save_every=0, report=interrupt_at(20))
+    check_kill_while_saving(lambda: training(checkpoint=path, save_every=0), path, monkeypatch)
 
 
-def test_a_kill_while_saving_leaves_the_old_checkpoint_of_03(nb03, task03, tmp_path, monkeypatch):
-    run, data, score = task03
-    check_torn_save(functools.partial(nb03.train, run, data, 3, score, eval_every=10), tmp_path / "run.pt", monkeypatch)
+def test_checkpoints_hold_data_only(training, tmp_path):
+    """They load without unpickling code; nothing else lies beside them."""
+    path = tmp_path / "c" / "run.pt"
+    training(checkpoint=path)
+    log = torch.load(path, weights_only=True)["log"]
+    assert log["step"] == [10, 20, 30, 40]
+    assert all(np.isfinite(log[column]).all() for column in training.columns)
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_each_run_of_03_has_its_own_checkpoint(nb03, task03, tmp_path, monkeypatch):
+def test_each_run_has_its_own_checkpoint(training, tmp_path, monkeypatch):
     """Settings, seed, data and number format count."""
-    run, data, cpu = *task03[:2], torch.device("cpu")
-    recall, other = nb03.Recall((8,), (2,)), nb03.Recall((8, 9), (2,))
-    variants = [(data, run, 3, 10), (data, replace(run, initial=0.8), 3, 10), (data, run, 4, 10), (data, run, 3, 20), (recall, run, 3, 10),
-                (other, run, 3, 10), (nb03.Text("another text " * 9), run, 3, 10), (nb03.Recurrence(), run, 3, 10),
-                (nb03.Recurrence(p=0.2), run, 3, 10)]  # fmt: skip
-    paths = {nb03.checkpoint_path(tmp_path, *variant, cpu) for variant in variants}
-    assert nb03.checkpoint_path(tmp_path, *variants[0], cpu) in paths
-    monkeypatch.setattr(nb03, "amp_dtype", lambda device: torch.float16)
-    paths.add(nb03.checkpoint_path(tmp_path, *variants[0], cpu))
-    assert len(paths) == 10
+    paths = training.checkpoint_paths(tmp_path)
+    assert training.checkpoint_paths(tmp_path) == paths
+    if hasattr(training.notebook, "amp_dtype"):
+        monkeypatch.setattr(training.notebook, "amp_dtype", lambda device: torch.float16)
+        paths.append(training.checkpoint_paths(tmp_path)[0])
+    assert len(set(paths)) == len(paths)
 
 
-def test_a_damaged_checkpoint_of_03_is_named(nb03, task03, tmp_path):
-    run, data, score = task03
+@pytest.mark.parametrize("content", [b"not a checkpoint", b""])
+def test_a_damaged_checkpoint_is_named(training, tmp_path, content):
     path = tmp_path / "run.pt"
-    for content in (b"not a checkpoint", b""):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"run.pt is damaged.*delete it"):
-            nb03.train(run, data, 3, score, checkpoint=path)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"run.pt is damaged.*delete it"):
+        training(checkpoint=path)
+
+
+def test_a_checkpoint_of_another_model_is_named(training, tmp_path):
+    path = tmp_path / "run.pt"
     torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
-        nb03.train(run, data, 3, score, checkpoint=path)
+    with pytest.raises(ValueError, match=NOT_OF_THIS_MODEL):
+        training(checkpoint=path)
     path.unlink()
-    nb03.train(run, data, 3, score, checkpoint=path)
-    with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
-        nb03.train(replace(run, kind="ordinary"), data, 3, score, checkpoint=path)
-
-
-# --- interrupted runs of notebook 01
-
-
-@pytest.fixture(scope="module")
-def pictures01(nb01):
-    source = np.random.default_rng(0)
-    part = lambda count: (source.integers(0, 256, (count, 3, 16, 16)).astype(np.uint8), source.integers(0, 10, count).astype(np.uint8))
-    return nb01.Pictures({"train": part(120), "test": part(20)})
-
-
-def alike(first, second):
-    """Whether two (model, log) pairs are the same to the last bit; seconds aside."""
-    weights = zip(first[0].state_dict().values(), second[0].state_dict().values(), strict=True)
-    return all(torch.equal(a, b) for a, b in weights) and all(first[1][key] == second[1][key] for key in ("step", "loss", "accuracy"))
-
-
-@pytest.mark.parametrize(("method", "optimizer"), [("explicit", "nesterov"), ("exact", "nesterov"), ("cg", "adam"), ("explicit", "muon")])
-def test_interrupted_training_of_01_resumes_to_the_same_numbers(nb01, pictures01, tmp_path, method, optimizer):
-    """In the middle of an epoch; batches, momenta, several optimisers and curves included."""
-    run = nb01.Run(widths=(8, 6), method=method, optimizer=optimizer, learning_rate=0.02, batch_size=16, steps=40)
-    train = lambda **options: nb01.train(run, pictures01, 3, eval_every=10, **options)
-    whole, path = train(), tmp_path / "c" / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        train(checkpoint=path, save_every=0, report=interrupt_at(20))
-    torch.rand(7)  # whatever the restarted notebook has drawn before
-    first, points = torch.load(path, weights_only=True)["log"], []
-    resumed = train(checkpoint=path, report=lambda *point: points.append(point))
-    assert first["step"] == [10, 20]
-    assert resumed[1]["seconds"][:2] == first["seconds"]
-    assert alike(whole, resumed)
-    for series in ("loss", "accuracy"):  # the curves are whole again
-        assert [point[1:] for point in points if point[0] == series] == list(zip(whole[1][series], whole[1]["step"], strict=True))
-    assert alike(whole, train(checkpoint=path))  # finished: nothing left to do
-    assert all(a < b for a, b in itertools.pairwise(resumed[1]["seconds"]))
-    assert torch.load(path, weights_only=True)["log"]["step"] == [10, 20, 30, 40]
-    assert not path.with_suffix(".tmp").exists()
-
-
-def test_a_kill_while_saving_leaves_the_old_checkpoint_of_01(nb01, pictures01, tmp_path, monkeypatch):
-    run = nb01.Run(widths=(8, 6), batch_size=16, steps=40)
-    check_torn_save(functools.partial(nb01.train, run, pictures01, 3, eval_every=10), tmp_path / "run.pt", monkeypatch)
-
-
-def test_each_run_of_01_has_its_own_checkpoint(nb01, tmp_path):
-    run = nb01.Run()
-    variants = [("data", run, 3, 10), ("data", replace(run, centre=True), 3, 10), ("data", run, 4, 10), ("data", run, 3, 20),
-                ("other", run, 3, 10), ("data", replace(run, cg_steps=5), 3, 10), ("course", "data", True, 1.0, 50, 2, 3),
-                ("course", "data", False, 1.0, 50, 2, 3), ("course", "data", True, 1.0, 50, 3, 3)]  # fmt: skip
-    assert len({nb01.checkpoint_path(tmp_path, *variant) for variant in variants}) == len(variants)
-    assert nb01.checkpoint_path(tmp_path, *variants[0]) == nb01.checkpoint_path(tmp_path, *variants[0])
+    training(checkpoint=path)
+    for changes in training.misfits:
+        with pytest.raises(ValueError, match=NOT_OF_THIS_MODEL):
+            training(changes, checkpoint=path)
 
 
 def test_a_finished_run_of_01_is_remembered(nb01, tmp_path):
@@ -353,19 +225,3 @@ def test_a_finished_run_of_01_is_remembered(nb01, tmp_path):
     path.write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"run.pt is damaged.*delete it"):
         nb01.remembered(path, compute)
-
-
-def test_a_damaged_checkpoint_of_01_is_named(nb01, pictures01, tmp_path):
-    run, path = nb01.Run(widths=(8, 6), batch_size=16, steps=10), tmp_path / "run.pt"
-    for content in (b"not a checkpoint", b""):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"run.pt is damaged.*delete it"):
-            nb01.train(run, pictures01, 3, checkpoint=path)
-    torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
-        nb01.train(run, pictures01, 3, checkpoint=path)
-    path.unlink()
-    nb01.train(run, pictures01, 3, checkpoint=path)
-    for other in (replace(run, widths=(8, 7)), replace(run, optimizer="muon")):
-        with pytest.raises(ValueError, match=r"run.pt is damaged or not of this model: delete it"):
-            nb01.train(other, pictures01, 3, checkpoint=path)

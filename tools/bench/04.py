@@ -1,6 +1,6 @@
 """Speed of notebook 04 on this machine, beside a loop as CleanRL's: `make bench NB=04`.
 
-    python tools/bench_04.py
+    python -m tools.bench.04
 
 Both play `NetHackScore-v0` with the same agent network in one thread. CleanRL's way is a gymnasium SyncVectorEnv of the registered
 environment with its default observations, in which every observation of the dict is copied each step, and a step of the agent by
@@ -8,20 +8,14 @@ torch.distributions with log-probability, entropy and value, as in its PPO scrip
 Measured in turns: games alone, and games with the agent. Then where the time of the notebook's whole training goes.
 """
 
-import statistics
-import sys
-import time
-from pathlib import Path
-
 import gymnasium
 import nle  # noqa: F401, registers the environments
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.lift import lift
-from tools import cookbook
+from tools import cookbook, lift
 
+MEASURE = lift.block("measure")
 GAMES, STEPS, ROUNDS = (16, 64), 300, 5
 
 
@@ -29,7 +23,8 @@ class Notebook:
     """The notebook's games and agent."""
 
     def __init__(self, notebook, num_games):
-        self.learner = notebook.Learner(notebook.Run(task="NetHackScore-v0", num_games=num_games, warm_up=1), torch.device("cpu"))
+        run = notebook.Run(task="NetHackScore-v0", num_games=num_games, warm_up=1)
+        self.learner = notebook.Learner(run, torch.device("cpu"))
         self.actions = np.random.default_rng(0).integers(23, size=(STEPS, num_games))
 
     def play(self):
@@ -68,41 +63,41 @@ class CleanRL:
                 logits, _ = self.agent(crop.int(), glyphs.int(), vector)
                 policy = torch.distributions.Categorical(logits=logits)
                 action = policy.sample()
-                policy.log_prob(action), policy.entropy()
+                policy.log_prob(action)
+                policy.entropy()
             self.observation, *_ = self.envs.step(action.numpy())
 
 
-def seconds(case):
-    start = time.perf_counter()
-    case()
-    return time.perf_counter() - start
+def bench_games(notebook, num_games):
+    """Steps per second of both ways."""
+    theirs, ours = CleanRL(notebook, num_games), Notebook(notebook, num_games)
+    cases = {
+        "games alone": {"theirs": theirs.play, "ours": ours.play},
+        "games + agent": {"theirs": theirs.act, "ours": ours.act},
+    }
+    for what, ways in cases.items():
+        seconds = MEASURE.seconds_in_turns(ways, ROUNDS, "cpu")
+        slow, fast = (f"{STEPS * num_games / seconds[way]:7,.0f}" for way in ("theirs", "ours"))
+        print(f"{num_games:3} games, {what:13}: CleanRL's way {slow} steps/s, notebook {fast}:", end=" ")
+        print(f"{seconds['theirs'] / seconds['ours']:.1f} times", flush=True)
 
 
-def main():
-    torch.set_num_threads(1)
-    notebook = lift(cookbook.find("04")[0])
-    for num_games in GAMES:
-        ways = {"CleanRL's way": CleanRL(notebook, num_games), "notebook 04": Notebook(notebook, num_games)}
-        rates = {}
-        for what in ("play", "act"):
-            times = {name: [] for name in ways}
-            for turn in range(ROUNDS + 1):
-                for name, way in ways.items():
-                    spent = seconds(getattr(way, what))
-                    times[name] += [spent] if turn else []  # the first warms up
-            rates[what] = {name: STEPS * num_games / statistics.median(spent) for name, spent in times.items()}
-            label = {"play": "games alone  ", "act": "games + agent"}[what]
-            theirs, ours = rates[what].values()
-            print(
-                f"{num_games:3} games, {label:13}: CleanRL's way {theirs:7,.0f} steps/s, notebook {ours:7,.0f}: {ours / theirs:.1f} times",
-                flush=True,
-            )
+def bench_training(notebook):
+    """Where the time of the whole training goes."""
     learner = notebook.Learner(notebook.Run(task="NetHackScore-v0"), torch.device("cpu"))
     for _ in range(10):
         notebook.update(learner)
     total = sum(learner.seconds.values())
     parts = ", ".join(f"{name} {spent / total:.0%}" for name, spent in learner.seconds.items())
     print(f"whole training, 16 games: {10 * 1024 / total:,.0f} steps/s: {parts}")
+
+
+def main():
+    torch.set_num_threads(1)
+    notebook = lift.lift(cookbook.find("04")[0])
+    for num_games in GAMES:
+        bench_games(notebook, num_games)
+    bench_training(notebook)
 
 
 if __name__ == "__main__":

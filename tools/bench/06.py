@@ -1,27 +1,24 @@
 """Speed and memory of notebook 06 on this machine, beside anomalib: `make bench NB=06`.
 
-    python tools/bench_06.py
+    python -m tools.bench.06
 
 Fit and score of one category (209 training and 83 test pictures, 56 x 56 places, 100 features) on the same random embeddings, each way in
-a process of its own: seconds in turns with the embeddings at hand; the largest resident memory when they arrive batch by batch, as from a
+a process of its own: seconds with the embeddings at hand; the largest resident memory when they arrive batch by batch, as from a
 network; and how far the heat maps agree. Then all 448 features of ResNet-18, online. anomalib is wanted here only:
 `.venv/bin/pip install anomalib==2.7.0`.
 """
 
 import multiprocessing
-import statistics
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.lift import lift
-from tools import cookbook
+from tools import cookbook, lift
 
+MEASURE = lift.block("measure")
 TRAIN, TEST, SIDE, SIZE, BATCH, ROUNDS, FEATURES = 209, 83, 56, 224, 32, 5, 100
 
 
@@ -29,7 +26,7 @@ class Notebook:
     """The notebook's online statistics, Cholesky factors, triangular solve and heat maps."""
 
     def __init__(self):
-        self.nb = lift(cookbook.find("06")[0])
+        self.nb = lift.lift(cookbook.find("06")[0])
 
     def run(self, train, test):
         gaussian = None
@@ -37,7 +34,8 @@ class Notebook:
             gaussian = gaussian or self.nb.OnlineGaussian(*batch.shape[1:])
             gaussian.update(batch)
         factors = self.nb.cholesky_factors(gaussian)
-        return torch.cat([self.nb.heat_maps(self.nb.mahalanobis(batch, gaussian.mean, factors), SIZE, 4.0) for batch in test])
+        distances = (self.nb.mahalanobis(batch, gaussian.mean, factors) for batch in test)
+        return torch.cat([self.nb.heat_maps(distance, SIZE, 4.0) for distance in distances])
 
     def layout(self, batch):
         return batch
@@ -100,12 +98,8 @@ def measure(name, features=FEATURES):
     way.run(stream(4, 0), stream(4, 1))  # imports and threads, once
     peak = largest_memory(lambda: way.run(stream(TRAIN, 0), stream(TEST, 1)))
     train, test = list(stream(TRAIN, 0)), list(stream(TEST, 1))
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        maps = way.run(train, test)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), peak, maps
+    seconds = MEASURE.seconds_in_turns({name: lambda: way.run(train, test)}, ROUNDS, "cpu")
+    return seconds[name], peak, way.run(train, test)
 
 
 def alone(name, features=FEATURES):
@@ -119,16 +113,16 @@ def main():
     for name in WAYS:
         try:
             seconds, peak, _ = results[name] = alone(name)
-            print(f"{name:12} {TRAIN} + {TEST} pictures, {FEATURES} features: {seconds:.2f} s, {peak / 2**20:,.0f} MiB", flush=True)
+            size = f"{TRAIN} + {TEST} pictures, {FEATURES} features"
+            print(f"{name:12} {size}: {seconds:.2f} s, {peak / 2**20:,.0f} MiB", flush=True)
         except ImportError as error:
             print(f"{name:12} left out, {error}: {Path(sys.executable).parent / 'pip'} install anomalib==2.7.0")
     if len(results) == 2:
         (ours, small, maps), (theirs, large, other) = results.values()
         inner = slice(20, -20)  # borders are padded differently
         difference = ((maps - other).abs() / other)[:, inner, inner].max()
-        print(
-            f"anomalib / notebook: {theirs / ours:.1f} in time, {large / small:.1f} in memory; heat maps differ by {difference:.0e} at most"
-        )
+        print(f"anomalib / notebook: {theirs / ours:.1f} in time, {large / small:.1f} in memory;", end=" ")
+        print(f"heat maps differ by {difference:.0e} at most")
     seconds, peak, _ = alone("notebook 06", 448)
     print(f"notebook 06, all 448 features of ResNet-18: {seconds:.1f} s, {peak / 2**30:.1f} GiB")
 

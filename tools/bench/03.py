@@ -1,14 +1,14 @@
 """Speed and memory of notebook 03 on this machine: `make bench NB=03`.
 
-    python tools/bench_03.py [--sweep [TASK ...]]
+    python -m tools.bench.03 [--sweep [TASK ...]]
 
 Prints time and peak memory of attention, forward and backward, in three forms (explicit, fused, ordinary) at the notebook's lengths;
 a module's forward and backward beside that of transformers' DiffLlama; and the training step of each kind. --sweep trains ordinary and
 differential attention at several learning rates instead: what `learning_rate` in the notebook was chosen by.
 """
 
+import functools
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +16,21 @@ import torch
 from transformers import DiffLlamaConfig
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention, DiffLlamaRotaryEmbedding
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.lift import lift
-from tools import cookbook
+from tools import cookbook, lift
 
-NB = lift(cookbook.find("03")[0])
+NB = lift.lift(cookbook.find("03")[0])
+MEASURE = lift.block("measure")
 CONFIG = NB.PRESETS["cpu"]
 DATA = Path(os.environ.get("COOKBOOK_DATA", cookbook.ROOT / "data"))
 RATES = {"recurrence": (1e-3, 2e-3, 4e-3), "recall": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), "text": (1e-3, 2e-3, 4e-3)}
 
 
 def bench_attention():
+    """The three forms at the notebook's lengths."""
     for length in CONFIG.lengths:
         cases = NB.speed_cases(length, "cpu")
-        seconds = NB.seconds_in_turns(cases, 7, "cpu")
-        peak = {name: NB.peak_memory(case, "cpu") for name, case in cases.items()}
+        seconds = MEASURE.seconds_in_turns(cases, 7, "cpu")
+        peak = {name: MEASURE.peak_memory(case, "cpu") for name, case in cases.items()}
         each = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms {peak[name] / 2**20:.1f} MiB" for name in cases)
         print(f"{length:5} tokens: {each}; explicit / fused {seconds['explicit'] / seconds['fused']:.2f} in time,", end=" ")
         print(f"{peak['explicit'] / peak['fused']:.1f} in memory; fused / ordinary {seconds['fused'] / seconds['ordinary']:.2f} in time")
@@ -38,7 +38,8 @@ def bench_attention():
 
 def peer_case(length, width=256, pairs=4):
     """Forward and backward of transformers' DiffLlama attention through SDPA, rotary positions included."""
-    config = DiffLlamaConfig(hidden_size=width, num_attention_heads=2 * pairs, num_key_value_heads=2 * pairs, attn_implementation="sdpa")
+    heads = {"num_attention_heads": 2 * pairs, "num_key_value_heads": 2 * pairs}
+    config = DiffLlamaConfig(hidden_size=width, **heads, attn_implementation="sdpa")
     module, x = DiffLlamaAttention(config, layer_idx=0), torch.randn(1, length, width)
     positions = DiffLlamaRotaryEmbedding(config)(x, torch.arange(length)[None])
     return lambda: torch.autograd.grad(module(x, positions, attention_mask=None)[0].sum(), module.parameters())
@@ -46,27 +47,30 @@ def peer_case(length, width=256, pairs=4):
 
 def our_case(length, width=256, pairs=4):
     """The same through the notebook's module."""
-    module, x, table = NB.DifferentialAttention(width, pairs), torch.randn(1, length, width), NB.rope_table(length, width // pairs // 2)
+    module, x = NB.DifferentialAttention(width, pairs), torch.randn(1, length, width)
+    table = NB.rope_table(length, width // pairs // 2)
     return lambda: torch.autograd.grad(module(x, table).sum(), module.parameters())
 
 
 def bench_module():
+    """The notebook's module beside that of transformers."""
     for length in CONFIG.lengths:
         cases = {"notebook 03": our_case(length), "transformers' DiffLlama": peer_case(length)}
-        (ours, theirs), peaks = NB.seconds_in_turns(cases, 7, "cpu").values(), [NB.peak_memory(c, "cpu") / 2**20 for c in cases.values()]
+        ours, theirs = MEASURE.seconds_in_turns(cases, 7, "cpu").values()
+        peaks = [MEASURE.peak_memory(case, "cpu") / 2**20 for case in cases.values()]
         print(f"{length:5} tokens, module: notebook {1e3 * ours:.1f} ms {peaks[0]:.1f} MiB,", end=" ")
         print(f"transformers {1e3 * theirs:.1f} ms {peaks[1]:.1f} MiB: {theirs / ours:.2f} times as fast")
 
 
 def bench_training(data):
-    steps = {kind: [] for kind in NB.KINDS}
-    for _ in range(5):
-        for kind, seconds in steps.items():
-            log = NB.train(replace(CONFIG.text, **NB.KINDS[kind], steps=40), data, 0, lambda model: 0.0, eval_every=40)[1]
-            seconds.append(log["seconds"][0] / 40)
-    for kind, seconds in steps.items():
-        least = min(seconds)
-        print(f"training step, {kind:12} {1e3 * least:5.1f} ms, {least / min(steps['ordinary']):.2f} times ordinary attention's")
+    """Trainings of 40 steps of each kind, by the step."""
+    runs = {kind: replace(CONFIG.text, **changes, steps=40) for kind, changes in NB.KINDS.items()}
+    train = lambda run: NB.train(run, data, 0, lambda model: 0.0, eval_every=40)
+    cases = {kind: functools.partial(train, run) for kind, run in runs.items()}
+    seconds = MEASURE.seconds_in_turns(cases, 5, "cpu")
+    for kind, value in seconds.items():
+        times = value / seconds["ordinary"]
+        print(f"training step, {kind:12} {1e3 * value / 40:5.1f} ms, {times:.2f} times ordinary attention's")
 
 
 def task(name, data):

@@ -1,6 +1,6 @@
 """Speed of notebook 07 on this machine: `make bench NB=07`.
 
-    python tools/bench_07.py [--sweep]
+    python -m tools.bench.07 [--sweep]
 
 Prints the time of a training step at nanoGPT's CPU budget (4 layers, 4 heads, width 128, context 64, batch 12) beside nanoGPT's own
 step, of decoding with and without the cache, and what ClearML's offline mode adds to a run. With NANOGPT=folder in the environment the
@@ -10,11 +10,9 @@ learning rates instead.
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.lift import lift
-from tools import cookbook, sync_canon
+from tools import cookbook, lift, sync_canon
 
-NB = lift(cookbook.find("07")[0])
+PATH = cookbook.find("07")[0]
+NB = lift.lift(PATH)
+MEASURE = lift.block("measure")
 RUN = NB.Run()
 DATA = Path(os.environ.get("COOKBOOK_DATA", cookbook.ROOT / "data"))
 
@@ -34,7 +32,8 @@ DATA = Path(os.environ.get("COOKBOOK_DATA", cookbook.ROOT / "data"))
 def our_step(corpus):
     """The step of the notebook's loop."""
     model = NB.Transformer(RUN, len(corpus.vocabulary))
-    optimizer, batches = NB.make_optimizer(model, RUN), torch.Generator().manual_seed(0)
+    optimizer = NB.make_optimizer(model, RUN)
+    batches = torch.Generator().manual_seed(0)
 
     def step():
         x, y = NB.draw_batch(corpus.train, RUN, batches)
@@ -77,54 +76,65 @@ def peer_step(corpus):
     return step
 
 
-def milliseconds(steps, rounds=30, repeats=10):
-    """{name: (least, median)} milliseconds per call of several functions, in turns, so that all meet the same machine."""
-    times = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
+def repeated(step):
+    """Ten steps, so that what the clock itself takes does not count."""
+
+    def steps():
+        for _ in range(10):
             step()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                step()
-            times[name].append((time.perf_counter() - start) / repeats * 1e3)
-    return {name: (min(values), statistics.median(values)) for name, values in times.items()}
+
+    return steps
 
 
 def bench_training(corpus):
+    """Training steps of the notebook and of nanoGPT."""
     peer = "nanoGPT (clone)" if "NANOGPT" in os.environ else "nanoGPT (rebuilt)"
-    measured = milliseconds({"notebook 07": our_step(corpus), peer: peer_step(corpus)})
-    for name, (least, median) in measured.items():
-        speed = RUN.batch_size * RUN.context / least * 1e3
-        print(f"training step, {name:18} least {least:5.1f} ms, median {median:5.1f} ms, {speed:,.0f} characters/s")
-    ours, theirs = measured.values()
-    print(f"speed of notebook 07 / nanoGPT: {theirs[0] / ours[0]:.2f} by the least, {theirs[1] / ours[1]:.2f} by the median")
+    cases = {"notebook 07": repeated(our_step(corpus)), peer: repeated(peer_step(corpus))}
+    seconds = MEASURE.seconds_in_turns(cases, 30, "cpu")
+    for name, value in seconds.items():
+        speed = 10 * RUN.batch_size * RUN.context / value
+        print(f"training step, {name:18} {1e3 * value / 10:5.1f} ms, {speed:,.0f} characters/s")
+    print(f"speed of notebook 07 / nanoGPT: {seconds[peer] / seconds['notebook 07']:.2f}")
 
 
 def bench_decoding(corpus):
+    """Tokens per second with the cache and without, as the notebook measures them."""
     run = NB.PRESETS["cpu"].long
     model = NB.extended(NB.Transformer(run, len(corpus.vocabulary)), 1024)
     for n in (64, 256, 512, 1024):
         (_, cached), (_, recomputed) = NB.decode(model, n, use_cache=True), NB.decode(model, n, use_cache=False)
-        print(
-            f"decoding {n:4} tokens: {n / cached:5.0f} tokens/s cached, {n / recomputed:5.0f} recomputed: {recomputed / cached:.1f} times"
-        )
+        print(f"decoding {n:4} tokens: {n / cached:5.0f} tokens/s cached, {n / recomputed:5.0f} recomputed:", end=" ")
+        print(f"{recomputed / cached:.1f} times")
+
+
+TRACKING = """
+import contextlib, logging, os, sys, threading, time
+start = time.perf_counter()
+from clearml import Task
+from clearml.backend_api import Session
+from clearml.config import config_obj
+imported = time.perf_counter()
+{canon}
+task = start_tracking("bench", {{"a": 1}})
+for i in range(1000):
+    task.get_logger().report_scalar("a", "b", i, i)
+finish_tracking(task)
+print(f"import {{imported - start:.2f}} s, all the rest {{time.perf_counter() - imported:.2f}} s")
+"""
 
 
 def bench_tracking():
-    """Seconds that importing, starting, 1,000 scalars, a figure and closing take offline."""
-    script = "import contextlib, logging, os, sys, threading, time\nstart = time.perf_counter()\nfrom clearml import Task\n"
-    script += "from clearml.backend_api import Session\nfrom clearml.config import config_obj\nimported = time.perf_counter()\n"
-    script += sync_canon.blocks()["# canon: tracking"]
-    script += "\ntask = start_tracking('bench', {'a': 1})\nfor i in range(1000):\n    task.get_logger().report_scalar('a', 'b', i, i)\n"
-    script += "finish_tracking(task)\nprint(f'import {imported - start:.2f} s, all the rest {time.perf_counter() - imported:.2f} s')"
+    """Seconds that importing ClearML, starting, 1,000 scalars and closing take offline, by the notebook's block."""
+    script = TRACKING.format(canon=sync_canon.blocks(cookbook.is_first_edition(PATH))["tracking"])
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CLEARML")}
+    command = [sys.executable, "-c", script]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     print("ClearML offline:", done.stdout.splitlines()[-1])
 
 
 def sweep(corpus):
-    """Validation loss of one seed for both blocks at three learning rates: what `learning_rate` in the notebook was chosen by."""
+    """Validation loss of one seed for both blocks at three learning rates: so the notebook's was chosen."""
     for block, position in (("modern", "rope"), ("gpt2", "learned")):
         for rate in (1e-3, 2e-3, 4e-3):
             run = replace(RUN, block=block, position=position, learning_rate=rate)

@@ -1,6 +1,6 @@
 """Speed and memory of notebook 01 on this machine: `make bench NB=01`.
 
-    python tools/bench_01.py [--sweep [NETWORK ...]]
+    python -m tools.bench.01 [--sweep [NETWORK ...]]
 
 Prints time and peak memory of the proximal step of the paper's first layer in all its forms (N = 500, n = 3072, m = 4000), of layers of
 other sizes, and the training step of each method. --sweep trains every method at several learning rates instead, one seed, and prints
@@ -8,17 +8,15 @@ the validation accuracy that the rates in the notebook were chosen by.
 """
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.lift import lift
-from tools import cookbook
+from tools import cookbook, lift
 
-NB = lift(cookbook.find("01")[0])
+NB = lift.lift(cookbook.find("01")[0])
+MEASURE = lift.block("measure")
 CONFIG = NB.PRESETS["cpu"]
 DATA = Path(os.environ.get("COOKBOOK_DATA", cookbook.ROOT / "data"))
 NESTEROV, PROXIMAL = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2), (0.5, 1.0, 2.0, 4.0)
@@ -54,22 +52,23 @@ def bench_step(N, n, m):
         "exact": lambda: NB.proximal_gradient(x, grad_z, weight, bias, 0.05),
         **{f"CG-{k}": lambda k=k: NB.proximal_gradient(x, grad_z, weight, bias, 0.05, "cg", k) for k in (1, 3, 5, 10)},
     }
-    seconds = NB.seconds_in_turns(ways, 7, "cpu")
+    seconds = MEASURE.seconds_in_turns(ways, 7, "cpu")
     for name, way in ways.items():
-        ratio, peak = seconds["linear solve, k x k"] / seconds[name], NB.peak_memory(way, "cpu") / 2**20
-        print(
-            f"N {N:5} n {n:5} m {m:5} {name:20} {1e3 * seconds[name]:8.1f} ms {peak:7.1f} MiB, linear solve / this {ratio:.2f}", flush=True
-        )
+        ratio = seconds["linear solve, k x k"] / seconds[name]
+        peak = MEASURE.peak_memory(way, "cpu") / 2**20
+        size = f"N {N:5} n {n:5} m {m:5} {name:20}"
+        print(f"{size} {1e3 * seconds[name]:8.1f} ms {peak:7.1f} MiB, linear solve / this {ratio:.2f}", flush=True)
 
 
 def bench_training(data):
+    """The training step of each method, for both networks."""
     for base in (CONFIG.mlp, CONFIG.convnet):
-        cases = {
-            method: NB.training_step(replace(base, **NB.PROXIMAL.get(method, {})), data, "cpu") for method in ("explicit", *NB.PROXIMAL)
-        }
-        seconds = NB.seconds_in_turns(cases, 15, "cpu")
+        runs = {method: replace(base, **NB.PROXIMAL.get(method, {})) for method in ("explicit", *NB.PROXIMAL)}
+        cases = {method: NB.training_step(run, data, "cpu") for method, run in runs.items()}
+        seconds = MEASURE.seconds_in_turns(cases, 15, "cpu")
         for name, value in seconds.items():
-            print(f"{base.network:8} {name:10} {1e3 * value:7.1f} ms a training step, {value / seconds['explicit']:.2f} times explicit's")
+            times = value / seconds["explicit"]
+            print(f"{base.network:8} {name:10} {1e3 * value:7.1f} ms a training step, {times:.2f} times explicit's")
 
 
 def sweep(networks, data):
