@@ -1,29 +1,76 @@
-"""What holds for every notebook, a rule each: a function of (notebook, path) that yields complaints."""
+"""What holds for every notebook, a rule each: a function of (notebook, path) that yields complaints.
+
+Rules marked `second` hold for second editions only, those marked `first` for first editions, all others for both.
+"""
 
 import ast
 import base64
-import builtins
 import io
 import re
 
 import nbformat
 from PIL import Image
 
-from tests.lift import definitions, is_constant, is_constant_update, names_read, python_of
 from tools import cookbook, readme, sync_canon
+from tools.lift import definitions, foreign_names, python_of
 
-SECTIONS = (
+FIRST_SECTIONS = (
     "What you will build", "Install", "Imports", "Parameters", "Runtime", "Experiment tracking", "Data", "Training", "Results",
     "Where this differs", "Exercises", "References",
 )  # fmt: skip
-CANON_MARKERS = {"# canon: install", "# canon: runtime", "# canon: style", "# canon: tracking"}
+SECTIONS = ("Setup", "1. ", "Data", "Train and look", "Study", "Results", "Where this differs", "Exercises", "References")
+FIRST_CANON = {"install", "runtime", "style", "tracking"}
+CANON = {"setup", "tracking", "report"}  # every notebook has these; the others where they are wanted
+CELL_METADATA = {"tags", *sync_canon.COLLAPSED}
 LONG_LOOPS = {"04": 120, "08": 120}  # reinforcement learning: the loop is the lesson
-RULES = {}
+RULES, EDITION = {}, {}
 
 
 def rule(function):
+    """A rule for both editions."""
     RULES[function.__name__] = function
+    EDITION[function.__name__] = (1, 2)
     return function
+
+
+def first(function):
+    """A rule for first editions only."""
+    rule(function)
+    EDITION[function.__name__] = (1,)
+    return function
+
+
+def second(function):
+    """A rule for second editions only."""
+    rule(function)
+    EDITION[function.__name__] = (2,)
+    return function
+
+
+def holds_for(name, path):
+    """Whether a rule is meant for the notebook at `path`."""
+    return (1 if cookbook.is_first_edition(path) else 2) in EDITION[name]
+
+
+def hand_written(notebook):
+    """Code cells that are no canon."""
+    return [cell for cell in cookbook.code_cells(notebook) if sync_canon.name_of(cell) is None]
+
+
+def lines_of(cell):
+    """Lines of code in a cell: neither blank nor a comment."""
+    return [line for line in cell.source.split("\n") if line.strip() and not line.strip().startswith("#")]
+
+
+def part(notebook, start, end):
+    """The cells from the one with the heading `## start` up to that with `## end`, which is left out."""
+    headings = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "markdown" and cell.source.startswith(f"## {start}")]
+    ends = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "markdown" and cell.source.startswith(f"## {end}")]
+    return notebook.cells[headings[0] : ends[0]] if headings and ends else []
+
+
+def is_import(node):
+    return isinstance(node, (ast.Import, ast.ImportFrom))
 
 
 def trees(notebook):
@@ -83,12 +130,11 @@ def title_cell(notebook, path):
         yield f"the Colab badge is not {cookbook.badge(path)}"
 
 
-@rule
-def anatomy(notebook, path):
-    """The sections, in their order."""
+def out_of_order(notebook, sections):
+    """Complaints about sections that lack or stand before one that should come first."""
     headings = re.findall(r"(?m)^## (.+)$", markdown_of(notebook))
     position = -1
-    for section in SECTIONS:
+    for section in sections:
         found = [i for i, heading in enumerate(headings) if heading.startswith(section)]
         if not found:
             yield f"no section '{section}'"
@@ -96,6 +142,123 @@ def anatomy(notebook, path):
             yield f"section '{section}' is out of order"
         else:
             position = found[0]
+
+
+@first
+def first_anatomy(notebook, path):
+    """The sections of a first edition, in their order."""
+    yield from out_of_order(notebook, FIRST_SECTIONS)
+
+
+@second
+def anatomy(notebook, path):
+    """The sections in their order; the lesson ends with three takeaways; the study asks its questions."""
+    yield from out_of_order(notebook, SECTIONS)
+    lesson = [cell.source for cell in part(notebook, "Train and look", "Study") if cell.cell_type == "markdown"]
+    if not lesson or not re.search(r"\*\*Takeaways\*\*", lesson[-1]) or len(re.findall(r"(?m)^\d\. ", lesson[-1])) != 3:
+        yield "the lesson does not end with **Takeaways** and three numbered sentences"
+    study = "\n".join(cell.source for cell in part(notebook, "Study", "Results") if cell.cell_type == "markdown")
+    questions = re.findall(r"(?m)^### (.*)$", study)
+    if not 1 <= len(questions) <= 5 or not all(question.endswith("?") for question in questions):
+        yield f"the study's headings are not one to five questions: {questions}"
+
+
+@second
+def picture_under_the_title(notebook, path):
+    """The notebook's picture by its raw address, with alternative text."""
+    source = notebook.cells[0].source
+    address = cookbook.raw_url(cookbook.picture_path(path))
+    if not re.search(rf'<img src="{re.escape(address)}"[^>]* alt="[^"]{{20,}}"', source):
+        yield f'no <img src="{address}" ... alt="..."> in the title cell'
+
+
+@second
+def budgets(notebook, path):
+    """What a reader can take in: lines before the first piece, of the lesson, of the rest, of a cell, of prose."""
+    before = sum(len(lines_of(cell)) for cell in hand_written_in(part(notebook, "Setup", "1. ")))
+    if before > 40:
+        yield f"{before} hand-written lines before the first piece (40)"
+    lesson = sum(len(lines_of(cell)) for cell in hand_written_in(part(notebook, "Setup", "Study")))
+    rest = sum(len(lines_of(cell)) for cell in hand_written(notebook)) - lesson
+    if lesson > 1.25 * 350 or rest > 1.25 * 400:
+        yield f"{lesson} lines of lesson (350 and a quarter), {rest} of the rest (400 and a quarter)"
+    data = sum(len(lines_of(cell)) for cell in hand_written_in(part(notebook, "Data", "Train and look")))
+    if data > 1.25 * 45:
+        yield f"{data} lines for the data (45 and a quarter)"
+    words = len(re.sub(r"\$\$.*?\$\$", " ", markdown_of(notebook), flags=re.DOTALL).split())
+    if words > 3300:
+        yield f"{words} words of prose (3,000)"
+    for cell in hand_written(notebook):
+        yield from long_cell(cell, LONG_LOOPS.get(path.name[:2], 60))
+
+
+def hand_written_in(cells):
+    """Of some cells those with code that is no canon, imports aside."""
+    chosen = [cell for cell in cells if cell.cell_type == "code" and sync_canon.name_of(cell) is None]
+    bare = lambda cell: "\n".join(line for line in cell.source.split("\n") if not re.match(r"(import|from) ", line))
+    return [nbformat.from_dict({**cell, "source": bare(cell)}) for cell in chosen]
+
+
+def long_cell(cell, loop):
+    """Complaint about a cell over its limit: a loop that trains, a class, anything else; and about lines over 100 characters."""
+    tree = ast.parse(python_of(cell.source))
+    has_class = any(isinstance(node, ast.ClassDef) for node in tree.body)
+    limit = loop if "backward()" in cell.source else 45 if has_class else 30
+    if len(lines_of(cell)) > limit and not any(is_import(node) for node in tree.body):
+        yield f"a cell of {len(lines_of(cell))} lines ({limit}): {cell.source[:50]!r}"
+    for line in cell.source.split("\n"):
+        if len(line) > 100:
+            yield f"a line of {len(line)} characters (100): {line.strip()[:50]!r}"
+
+
+@second
+def one_statement_per_line(notebook, path):
+    """No tuples of calls, no semicolons, no body beside its header."""
+    for cell in hand_written(notebook):
+        for node in ast.walk(ast.parse(python_of(cell.source))):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Tuple):
+                yield f"line {node.lineno} joins statements into a tuple: {ast.unparse(node)[:50]!r}"
+            for body in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+                if isinstance(body, list):
+                    yield from shared_lines(node, body)
+
+
+def shared_lines(node, body):
+    """Complaints about statements of a body that begin on the line of their header or of the statement before."""
+    last = getattr(node, "lineno", 0)
+    for statement in body:
+        if statement.lineno <= last:
+            yield f"line {statement.lineno} holds two statements: {ast.unparse(statement)[:50]!r}"
+        last = statement.end_lineno
+
+
+@second
+def exercises(notebook, path):
+    """Two exercises or more with a stub and a check, unsolved and not failing."""
+    cells = cookbook.tagged(notebook, "exercise")
+    if len(cells) < 2:
+        yield f"{len(cells)} cells tagged exercise"
+    for cell in cells:
+        if "def " not in cell.source or "exercise(" not in cell.source:
+            yield f"an exercise without a stub and a check: {cell.source[:50]!r}"
+        elif "not solved yet" not in cookbook.text_of(cell):
+            yield f"an exercise that does not say 'not solved yet': {cell.source[:50]!r}"
+
+
+@second
+def results_record(notebook, path):
+    """The records of the results, a headline of at most 25 words and one of 20 for the gallery."""
+    facts = notebook.metadata.get("cookbook", {})
+    records = facts.get("results") or []
+    if not records:
+        yield "no results in the metadata"
+    for record in records:
+        if set(record) != {"name", "values", "unit", "better", "reference"} or not record["values"]:
+            yield f"an incomplete record: {record}"
+    for key, most in (("headline", 25), ("gallery", 20)):
+        count = len(facts.get(key, "").split())
+        if not 3 <= count <= most:
+            yield f"the {key} has {count} words ({most})"
 
 
 @rule
@@ -118,12 +281,13 @@ def parameters_cell(notebook, path):
 
 @rule
 def canon_copies(notebook, path):
-    """The four canon blocks, identical to their source."""
-    markers = {cell.source.partition("\n")[0] for cell in cookbook.code_cells(notebook) if cell.source.startswith("# canon:")}
-    if markers != CANON_MARKERS:
-        yield f"canon cells missing or unknown: {sorted(markers ^ CANON_MARKERS)}"
-    for cell in sync_canon.differing(notebook):
-        yield f"the copy of {cell.source.partition(chr(10))[0]!r} differs: make canon"
+    """The canon blocks, each once, identical to their source, and collapsed."""
+    names = [name for name, _ in sync_canon.canon_cells(notebook)]
+    needed = FIRST_CANON if cookbook.is_first_edition(path) else CANON
+    if needed - set(names) or len(set(names)) < len(names):
+        yield f"canon cells that lack or stand twice: {sorted(needed - set(names)) or names}"
+    for name, _ in sync_canon.differing(notebook, path):
+        yield f"the canon block {name} differs from tools/canon or is not collapsed: make canon"
 
 
 @rule
@@ -133,7 +297,7 @@ def one_imports_cell(notebook, path):
     for cell in cookbook.code_cells(notebook):
         nodes = [n for n in ast.walk(ast.parse(python_of(cell.source))) if isinstance(n, (ast.Import, ast.ImportFrom))]
         modules = {name for n in nodes for name in ([n.module] if isinstance(n, ast.ImportFrom) else [alias.name for alias in n.names])}
-        if nodes and not cell.source.startswith("# canon:"):
+        if nodes and sync_canon.name_of(cell) is None:
             importing.append(cell)
         if {module.split(".")[0] for module in modules} & {"tools", "tests", "notebooks"}:
             yield "imports from this repository: a notebook runs alone"
@@ -161,11 +325,21 @@ def clean_outputs(notebook, path):
             yield "an output of more than 60 lines"
 
 
+@second
+def no_plumbing_in_outputs(notebook, path):
+    """No progress bars, no lines of ClearML about where its session lies."""
+    text = text_of_outputs(notebook)
+    for pattern in (r"\d+%\|", r"ClearML Task:", r"session stored in", r"clearml\.Task - "):
+        if re.search(pattern, text):
+            yield f"{pattern!r} stands in the outputs"
+
+
 @rule
 def clean_metadata(notebook, path):
     """No widget state (GitHub shows 'Invalid Notebook'), none of Colab's or papermill's notes."""
     extra = set(notebook.metadata) - {"kernelspec", "language_info", "cookbook"}
-    extra |= {key for cell in notebook.cells for key in cell.metadata if key != "tags"}
+    known = {"tags"} if cookbook.is_first_edition(path) else CELL_METADATA
+    extra |= {key for cell in notebook.cells for key in cell.metadata if key not in known}
     if extra:
         yield f"metadata to strip: {sorted(extra)}"
     if any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs(notebook)):
@@ -184,12 +358,10 @@ def no_secrets_or_paths(notebook, path):
 
 @rule
 def size(notebook, path):
-    """At most 1 MB with outputs, 20 to 60 code cells, half of them of at most 15 lines."""
+    """At most 1 MB with outputs; of a first edition half of the cells have at most 15 lines."""
     if len(nbformat.writes(notebook)) > 1_000_000:
         yield "more than 1 MB: GitHub may not render it"
-    lines = sorted(len([line for line in cell.source.split("\n") if line.strip()]) for cell in cookbook.code_cells(notebook))
-    if not 20 <= len(lines) <= 60:
-        yield f"{len(lines)} code cells"
+    lines = sorted(len([line for line in cell.source.split("\n") if line.strip()]) for cell in hand_written(notebook))
     if lines[len(lines) // 2] > 15:
         yield f"the median cell has {lines[len(lines) // 2]} lines"
 
@@ -203,19 +375,27 @@ def not_stale(notebook, path):
 
 @rule
 def rendered_facts(notebook, path):
-    """Preset, device, minutes, versions and headline agree with the outputs and the title."""
+    """Preset, device, minutes, versions and headline stand in the metadata, and the title shows them."""
     facts = notebook.metadata.get("cookbook", {})
     if facts.get("preset") not in ("cpu", "gpu"):
         yield f"rendered with preset {facts.get('preset')}"
-    if not facts.get("minutes", 0) > 0:
+    if not facts.get("minutes", -1) >= 0:
         yield "no minutes"
+    if not facts.get("device") or not facts.get("versions") or not facts.get("headline"):
+        yield "device, versions or headline lack"
+    if facts and readme.result_line(notebook) not in notebook.cells[0].source:
+        yield "the title cell does not show the result"
+
+
+@first
+def facts_as_printed(notebook, path):
+    """Preset, device, versions and headline of a first edition are what its cells printed."""
+    facts = notebook.metadata.get("cookbook", {})
     for key, value in cookbook.runtime(notebook).items():
         if facts.get(key) != value:
             yield f"{key} is {facts.get(key)!r} in the metadata and {value!r} in the outputs"
-    if not facts.get("headline") or facts["headline"] != cookbook.headline(notebook):
+    if facts.get("headline") != cookbook.headline(notebook):
         yield "the headline in the metadata is not what the cell tagged headline printed"
-    if facts and readme.result_line(notebook) not in notebook.cells[0].source:
-        yield "the title cell does not show the result"
 
 
 @rule
@@ -227,10 +407,34 @@ def figures(notebook, path):
     for image in images:
         if Image.open(io.BytesIO(image)).convert("RGBA").getpixel((0, 0)) != (255, 255, 255, 255):
             yield "a figure without an opaque white background"
+
+
+@second
+def figures_to_read(notebook, path):
+    """At most 9 inches wide at 150 dpi, nothing under 9 points, alternative text; the picture is a panel of 4:3 with large text."""
+    for cell in cookbook.code_cells(notebook):
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                facts = output.metadata.get("image/png", {})
+                picture = "picture" in cell.metadata.get("tags", [])
+                yield from small_print(Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))), facts, picture)
     tagged = pictures(cookbook.tagged(notebook, "picture"))
-    committed = cookbook.ROOT / "img" / f"{path.stem}.png"
-    if not tagged or not committed.exists() or committed.read_bytes() != tagged[-1]:
-        yield f"img/{path.stem}.png is not the output of the cell tagged picture"
+    committed = cookbook.picture_path(path)
+    if len(tagged) != 1 or not committed.exists() or committed.read_bytes() != tagged[0]:
+        yield f"{committed.name} is not the output of the cell tagged picture"
+
+
+def small_print(image, facts, picture):
+    """Complaints about one figure."""
+    if image.width > 9 * 150:
+        yield f"a figure {image.width} pixels wide ({9 * 150})"
+    if len(facts.get("alt", "")) < 20:
+        yield f"a figure without alternative text: {facts.get('alt')!r}"
+    least = 16 if picture else 9
+    if (facts.get("smallest_text") or least) < least:
+        yield f"text of {facts['smallest_text']} points ({least})"
+    if picture and abs(image.width / image.height - 4 / 3) > 0.01:
+        yield f"a picture of {image.width} x {image.height} pixels, not 4:3"
 
 
 @rule
@@ -254,7 +458,7 @@ def documented(notebook, path):
     for node in definitions(notebook):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node):
             yield f"{node.name} has no docstring"
-    for tree in trees(notebook):
+    for tree in map(ast.parse, [python_of(cell.source) for cell in hand_written(notebook)]):
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > LONG_LOOPS.get(path.name[:2], 60):
                 yield f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
@@ -278,34 +482,29 @@ def config_says_why(notebook, path):
                 yield f"{node.name}.{field.target.id} does not say why it has its value"
 
 
+@second
+def config_is_small(notebook, path):
+    """`Config` has at most 15 fields: what only scales an experiment stands where the experiment is."""
+    for tree in trees(notebook):
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == "Config":
+                count = sum(isinstance(field, ast.AnnAssign) for field in node.body)
+                if count > 15:
+                    yield f"Config has {count} fields (15)"
+
+
 @rule
 def self_contained_definitions(notebook, path):
     """Definitions use other definitions only, no variable of a cell: they can be lifted."""
-    nodes = list(definitions(notebook))
-    known = set(dir(builtins))
-    for node in nodes:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            known |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            known.add(node.name)
-        elif is_constant(node):
-            known |= {target.id for target in node.targets}
-    for node in nodes:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or is_constant(node) or is_constant_update(node):
-            arguments = {a.arg for f in ast.walk(node) if isinstance(f, ast.arguments) for a in (*f.posonlyargs, *f.args, *f.kwonlyargs)}
-            arguments |= {a.arg for f in ast.walk(node) if isinstance(f, ast.arguments) for a in (f.vararg, f.kwarg) if a}
-            inner = {n.name for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-            inner |= {n.name for n in ast.walk(node) if isinstance(n, ast.ExceptHandler) and n.name}
-            inner |= {alias.name for n in ast.walk(node) if isinstance(n, ast.ImportFrom) for alias in n.names}
-            foreign = names_read(node) - known - arguments - inner
-            if foreign:
-                yield f"{getattr(node, 'name', ast.unparse(node)[:40])} depends on {sorted(foreign)}"
+    for name, foreign in foreign_names(notebook).items():
+        if foreign:
+            yield f"{name} depends on {foreign}"
 
 
 @rule
 def sound_code(notebook, path):
     """No blanket filters, swallowed errors, widgets, leftovers or unsafe loading."""
-    code = code_of(notebook)
+    code = "\n".join(cell.source for cell in hand_written(notebook))
     patterns = {
         r"filterwarnings\(\s*['\"]ignore|simplefilter\(\s*['\"]ignore": "a blanket warning filter",
         r"tqdm\.(notebook|auto)": "tqdm.notebook or tqdm.auto: widget state breaks GitHub's rendering",
