@@ -1,17 +1,46 @@
 """Write what the README and the title cells take from elsewhere: `make readme` and `make badges REPO=owner/name`.
 
-python -m tools.readme                      the gallery, from the notebooks' metadata
-python -m tools.readme --repository me/fork   the repository's name, in pyproject.toml, the Colab badges and the README
+python -m tools.readme                      the gallery, from the notebooks' metadata, and the first editions' thumbnails in img/
+python -m tools.readme --repository me/fork   the repository's name, in pyproject.toml, the title cells and the README
 """
 
 import argparse
+import base64
+import html
+import io
 import re
+
+from PIL import Image
 
 from tools import cookbook
 
 README = cookbook.ROOT / "README.md"
 GALLERY = re.compile(r"(<!-- gallery -->).*?(<!-- /gallery -->)", re.DOTALL)
-BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\([^)]*\)")
+BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")
+PICTURE_ALT = re.compile(r'<img [^>]*alt="([^"]*)"')
+USUAL_DEVICE = "x86_64 CPU, 2 threads"
+THUMBNAIL_SIZE = (800, 600)
+
+# A row of the gallery. In a table of HTML the picture's cell keeps its width, which a table of Markdown would squeeze to some
+# 25 pixels; what stands between blank lines is Markdown.
+ROW = """\
+<tr><td width="300">
+
+[<img src="img/{stem}.png" width="300" alt="{alt}">](notebooks/{stem}.ipynb)
+
+</td><td>
+
+**[{heading}](notebooks/{stem}.ipynb)**<br>{sentence}
+
+{result}
+
+{effort}[Colab]({colab}) · [GitHub](notebooks/{stem}.ipynb)
+
+</td></tr>
+"""
+GALLERY_END = f"""\
+Minutes and numbers are those of the committed runs. `cpu` and `gpu` are [presets](#presets); where a row names no hardware, it was
+`{USUAL_DEVICE}`."""
 
 
 def result_line(notebook):
@@ -19,26 +48,117 @@ def result_line(notebook):
     facts = notebook.metadata.get("cookbook")
     if facts is None:
         return "Not rendered yet."
-    return f"**Result:** {facts['headline']} (preset `{facts['preset']}`, {facts['device']}, {facts['minutes']:.0f} minutes)"
+    minutes = f"{facts['minutes']:.0f}"
+    unit = "minute" if minutes == "1" else "minutes"
+    return f"**Result:** {facts['headline']} (preset `{facts['preset']}`, {facts['device']}, {minutes} {unit})"
+
+
+def picture_url(path):
+    """Address of a notebook's picture that works outside the repository, as in Colab."""
+    return cookbook.raw_url(cookbook.picture_path(path))
+
+
+def colab_url(path):
+    """Where a notebook's badge leads."""
+    return BADGE.fullmatch(cookbook.badge(path))[1]
+
+
+def told(path, notebook):
+    """What the gallery says of a notebook: {"sentence": what it is, "gallery": what came out, "alt": what its picture shows}."""
+    if cookbook.is_first_edition(path):
+        return cookbook.first_editions()[path.name[:2]]
+    heading, sentence = cookbook.title(notebook)
+    picture = PICTURE_ALT.search(notebook.cells[0].source)
+    result = notebook.metadata.get("cookbook", {}).get("gallery", "Not rendered yet.")
+    return {"sentence": sentence, "gallery": result, "alt": html.unescape(picture[1]) if picture else heading}
+
+
+def effort(facts):
+    """Minutes, preset and, where it is not the usual one, device of the committed run; empty before the first."""
+    if not facts:
+        return ""
+    device = "" if facts["device"] == USUAL_DEVICE else f", {facts['device']}"
+    return f"{facts['minutes']:.0f} min (`{facts['preset']}`{device}) · "
+
+
+def row(path):
+    """One notebook in the gallery: a row of an HTML table around Markdown."""
+    notebook = cookbook.read(path)
+    texts = told(path, notebook)
+    return ROW.format(
+        stem=path.stem,
+        heading=cookbook.title(notebook)[0],
+        sentence=texts["sentence"],
+        result=texts["gallery"].replace(" ± ", "&nbsp;±&nbsp;"),  # a number and its spread stay in one line
+        alt=html.escape(texts["alt"]),
+        colab=colab_url(path),
+        effort=effort(notebook.metadata.get("cookbook")),
+    )
 
 
 def gallery():
-    """The table of notebooks in Markdown."""
-    rows = ["| | Notebook | Result | Minutes | |", "|---|---|---|---|---|"]
+    """The table of all notebooks: a picture, and beside it what the notebook is and found."""
+    rows = "\n".join(row(path) for path in cookbook.find())
+    return f"<table>\n{rows}</table>\n\n{GALLERY_END}"
+
+
+def committed_picture(path):
+    """The last PNG among the outputs of the cell tagged `picture`, as an RGB image on white."""
+    (cell,) = cookbook.tagged(cookbook.read(path), "picture")
+    data = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+    image = Image.open(io.BytesIO(base64.b64decode(data[-1]))).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def pad(image):
+    """The image in the middle of the smallest white 4:3 canvas that holds it."""
+    width = max(image.width, round(image.height * 4 / 3))
+    height = max(image.height, round(image.width * 3 / 4))
+    canvas = Image.new("RGB", (width, height), "white")
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return canvas
+
+
+def thumbnail(path):
+    """PNG bytes, 800 x 600 in 256 colours, of the part of a first edition's picture that its box in pyproject.toml cuts out.
+
+    Raises ValueError where the box [left, top, right, bottom], in pixels, is empty or sticks out of the picture.
+    """
+    picture = committed_picture(path)
+    box = cookbook.first_editions()[path.name[:2]]["thumbnail"]
+    left, top, right, bottom = box
+    if not (0 <= left < right <= picture.width and 0 <= top < bottom <= picture.height):
+        raise ValueError(f"the thumbnail {box} does not fit into the picture of {path.name}, {picture.width} x {picture.height} pixels")
+    small = pad(picture.crop(box)).resize(THUMBNAIL_SIZE, Image.Resampling.LANCZOS)
+    target = io.BytesIO()
+    small.quantize(256, dither=Image.Dither.NONE).save(target, "png", optimize=True)
+    return target.getvalue()
+
+
+def write_thumbnails():
+    """Write img/ for the first editions; the others make their thumbnails themselves."""
     for path in cookbook.find():
-        notebook = cookbook.read(path)
-        heading, sentence = cookbook.title(notebook)
-        facts = notebook.metadata.get("cookbook", {})
-        picture = f'<img src="img/{path.stem}.png" width="260" alt="{heading}">'
-        minutes = f"{facts['minutes']:.0f} (`{facts['preset']}`, {facts['device']})" if facts else "not rendered yet"
-        name = f"[**{heading}**](notebooks/{path.name})<br>{sentence}"
-        rows.append(f"| {picture} | {name} | {facts.get('headline', '')} | {minutes} | {cookbook.badge(path)} |")
-    return "\n".join(rows)
+        if cookbook.is_first_edition(path):
+            (cookbook.ROOT / "img" / f"{path.stem}.png").write_bytes(thumbnail(path))
 
 
 def update():
-    """Rewrite the gallery."""
+    """Rewrite the gallery and the first editions' thumbnails."""
+    write_thumbnails()
     README.write_text(GALLERY.sub(lambda m: f"{m[1]}\n{gallery()}\n{m[2]}", README.read_text()))
+
+
+def renamed_title(path, source):
+    """A title cell's source with the badge and the picture's address of the repository that pyproject.toml names.
+
+    A first edition has no picture in its title: nothing but its badge may change.
+    """
+    source = BADGE.sub(lambda _: cookbook.badge(path), source)
+    if cookbook.is_first_edition(path):
+        return source
+    picture = rf"https://raw\.githubusercontent\.com/[^\s()\"]+/{re.escape(path.stem)}\.png"
+    return re.sub(picture, lambda _: picture_url(path), source)
 
 
 def rename(repository):
@@ -48,9 +168,9 @@ def rename(repository):
     old = cookbook.settings()["repository"]
     for path in (cookbook.ROOT / "pyproject.toml", README):
         path.write_text(path.read_text().replace(old, repository))
-    for path in cookbook.find():
+    for path in [*cookbook.find(), *cookbook.miniatures()]:
         notebook = cookbook.read(path)
-        notebook.cells[0].source = BADGE.sub(lambda _, path=path: cookbook.badge(path), notebook.cells[0].source)
+        notebook.cells[0].source = renamed_title(path, notebook.cells[0].source)
         cookbook.write(notebook, path)
 
 
