@@ -3,7 +3,7 @@
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores; kernels and processes that a test starts inherit it
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores; processes that a test starts inherit it
 os.environ.setdefault("CLEARML_OFFLINE_MODE", "1")  # no test reports to a server of the person who runs it
 
 import pytest

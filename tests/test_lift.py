@@ -331,6 +331,12 @@ CELLS = (
             return divide(self.steps, 0)
 
 
+    class Other(Run):
+        run = Run
+    KINDS = [Run]
+    KIND = Run
+
+
     def last(): return [divide(1, x) for x in (1, 0)]
     ''',
 )
@@ -357,6 +363,7 @@ def test_inspect_finds_the_source(lifted):
     assert inspect.getsource(module.Run.half) == text_of(CELLS[1], 15, 16)
     assert inspect.getsource(module.Run) == text_of(CELLS[1], 4, 16)
     assert inspect.getsource(module.Run.Part) == text_of(CELLS[1], 10, 13)
+    assert inspect.getsource(module.Other) == text_of(CELLS[1], 19, 20)
 
 
 def test_two_notebooks_keep_their_lines_apart(notebook, tmp_path):

@@ -247,7 +247,8 @@ def _module(name, file, sources, names):
         _remember(cell, python)
         for node in filter(is_definition, ast.parse(python, cell).body):
             _add(node, module, cell)
-            _number_lines(vars(module).get(bound_by(node)[0]), module, above.count("\n"))
+            if isinstance(node, ast.ClassDef):
+                _number_lines(vars(module)[node.name], above.count("\n"))
         above += python
     _remember(file, above)
     return module
@@ -285,9 +286,10 @@ def _remember(file, source):
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
 
 
-def _number_lines(kind, module, above):
+def _number_lines(kind, above):
     """Add the `above` lines before the cell to where Python 3.13 seeks a class: in the file of the whole module."""
-    if isinstance(kind, type) and kind.__module__ == module.__name__ and "__firstlineno__" in vars(kind):
+    if "__firstlineno__" in vars(kind):
         kind.__firstlineno__ += above
-        for member in list(vars(kind).values()):
-            _number_lines(member, module, above)
+    for member in list(vars(kind).values()):
+        if isinstance(member, type) and member.__qualname__.startswith(f"{kind.__qualname__}."):
+            _number_lines(member, above)

@@ -65,7 +65,7 @@ def bench_module():
 def bench_training(data):
     """Trainings of 40 steps of each kind, by the step."""
     runs = {kind: replace(CONFIG.text, **changes, steps=40) for kind, changes in NB.KINDS.items()}
-    train = lambda run: NB.train(run, data, 0, lambda model: 0.0, eval_every=40)
+    train = functools.partial(NB.train, data=data, seed=0, score=lambda model: 0.0, eval_every=40)
     cases = {kind: functools.partial(train, run) for kind, run in runs.items()}
     seconds = MEASURE.seconds_in_turns(cases, 5, "cpu")
     for kind, value in seconds.items():
