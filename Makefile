@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary=:all:
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab render canon readme badges lint bench data clean
+.PHONY: help run test lab new render canon readme badges lint bench data clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -22,18 +22,21 @@ $(VENV)/test.stamp: $(VENV)/run.stamp tests/requirements.txt
 	@$(PIP) -r tests/requirements.txt
 	@touch $@
 
-run: $(VENV)/run.stamp  ## execute every notebook (default PRESET=smoke) into runs/ and print a table of results
+run: $(VENV)/run.stamp  ## execute every notebook (default PRESET=smoke) into runs/ and say what came of it
 	@$(BIN)/python -m tools.run $(if $(NB),--nb $(NB)) --preset $(PRESET) $(if $(SEED),--seed $(SEED)) $(PARAMS)
 
-test: $(VENV)/test.stamp  ## run all tests
-	@$(BIN)/python -m pytest
+test: $(VENV)/test.stamp  ## run all tests, on all cores
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 lab: $(VENV)/run.stamp  ## install JupyterLab and open the notebooks in it
 	@test -x $(BIN)/jupyter-lab || $(PIP) jupyterlab==4.6.6
 	@$(BIN)/jupyter lab --notebook-dir=notebooks
 
+new: $(VENV)/run.stamp  ## NB=09 NAME=batch_normalization: begin a notebook
+	@$(BIN)/python -m tools.new --nb $(NB) --name $(NAME)
+
 render: $(VENV)/run.stamp  ## execute notebooks in place, with PRESET=cpu or gpu, and update README and img/
-	@$(BIN)/python -m tools.render $(if $(NB),--nb $(NB)) --preset $(PRESET)
+	@$(BIN)/python -m tools.render $(if $(NB),--nb $(NB)) --preset $(PRESET) $(ARGS)
 
 canon: $(VENV)/run.stamp  ## copy the canon blocks of tools/canon into the notebooks
 	@$(BIN)/python -m tools.sync_canon
@@ -48,7 +51,10 @@ lint: $(VENV)/test.stamp  ## run the linter and the formatter's check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check tests tools
 
 bench: $(VENV)/test.stamp  ## measure speed and memory, never part of the tests; NB=07 ARGS=--sweep for one notebook
-	@for script in tools/bench_$(or $(NB),*)*.py; do echo "== $$script" && $(BIN)/python $$script $(ARGS) || exit 1; done
+	@for script in tools/bench/$(or $(NB),[0-9][0-9]).py; do \
+	  name=$$(basename $$script .py); \
+	  echo "== $$name" && $(BIN)/python -m tools.bench.$$name $(ARGS) || exit 1; \
+	done
 
 data: $(VENV)/run.stamp  ## FULL=folder: cut the embedded subsets in data/ out of the full data sets
 	@$(BIN)/python -m tools.make_data $(FULL)

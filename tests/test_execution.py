@@ -1,26 +1,76 @@
 """Every notebook from top to bottom in the smoke preset, alone in an empty folder, offline, on the embedded data."""
 
+import copy
 import json
 import re
 import zipfile
+from dataclasses import dataclass
+from pathlib import Path
 
-import nbclient
+import nbformat
 import pytest
 
-from tests import execute
-from tests.rules import pictures
+from tests import first_editions, stranger
 from tools import cookbook
+from tools.execute import read_json
+from tools.render import clean_output, pictures
 
-PATHS = cookbook.find()
-DATA = str(cookbook.ROOT / "data")
-NO_DATA = {"04"}  # their data are made by a package
+PATHS = cookbook.find() + cookbook.miniatures()
+SMOKE = {"COOKBOOK_PRESET": "smoke", "COOKBOOK_DATA": str(cookbook.ROOT / "data")}
+LEFT = {"checkpoints", "clearml", "data", "results.json", "run.json", "kernel.log"}
+MEASURED_UNIT = re.compile(r"[nµum]?s|(milli|micro)?seconds?|minutes?|hours?|[kKMGT]?i?B|.+/ ?s(econd)?|times as fast")
 
 
-@pytest.fixture(scope="module", params=PATHS, ids=lambda path: path.stem)
+def each(paths):
+    """Parameters, one notebook each, whose tests share what is made for the notebook, and so run in one process."""
+    return [pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(path.stem)) for path in paths]
+
+
+def asks_for_data(path):
+    return "COOKBOOK_DATA" in "".join(cell.source for cell in cookbook.code_cells(cookbook.read(path)))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A notebook's path, the folder in which it ran, its executed copy, what it says of the run, and its results."""
+
+    path: Path
+    folder: Path
+    notebook: nbformat.NotebookNode
+    facts: dict
+    results: list | None
+
+
+def run(path, folder, **options):
+    notebook = stranger.run(path, folder, **SMOKE, **options)
+    facts = cookbook.runtime(notebook) if cookbook.is_first_edition(path) else read_json(folder / "run.json")
+    return Run(path, folder, notebook, facts, read_json(folder / "results.json"))
+
+
+@pytest.fixture(scope="module", params=each(PATHS))
 def smoke(request, tmp_path_factory):
-    """(path, folder, executed notebook)"""
-    folder = tmp_path_factory.mktemp(request.param.stem)
-    return request.param, folder, execute.run(request.param, folder, COOKBOOK_PRESET="smoke", COOKBOOK_DATA=DATA)
+    return run(request.param, tmp_path_factory.mktemp(request.param.stem))
+
+
+def check_result(run, device=""):
+    """It ran in smoke, drew its figures, and told its result, where its edition tells it."""
+    assert len(pictures(run.notebook.cells)) >= 3
+    assert len(pictures(cookbook.tagged(run.notebook, "picture"))) == 1
+    assert run.facts["preset"] == "smoke"
+    assert run.facts["device"].startswith(device)
+    if cookbook.is_first_edition(run.path):
+        assert first_editions.numbers(run.notebook)
+    else:
+        assert run.facts["headline"]
+        assert all(record["values"] for record in run.results)
+
+
+def numbers(run):
+    """The measured quantities, but for those of time and memory, which differ from run to run."""
+    if cookbook.is_first_edition(run.path):
+        return first_editions.numbers(run.notebook)
+    hidden = lambda record: {"values": "measured"} if MEASURED_UNIT.fullmatch(record["unit"]) else {}
+    return [{**record, **hidden(record)} for record in run.results]
 
 
 def session_of(folder):
@@ -33,21 +83,18 @@ def session_of(folder):
 
 
 def test_runs_and_shows(smoke):
-    _, _, notebook = smoke
-    assert cookbook.runtime(notebook)["preset"] == "smoke"
-    assert len(pictures(notebook.cells)) >= 3
-    assert len(pictures(cookbook.tagged(notebook, "picture"))) == 1
-    assert cookbook.headline(notebook)
+    check_result(smoke)
 
 
 def test_warns_of_nothing(smoke):
-    warnings = [o.text for c in cookbook.code_cells(smoke[2]) for o in c.outputs if o.get("name") == "stderr"]
-    assert warnings == []
+    """Nothing on stderr but progress bars."""
+    outputs = [clean_output(copy.deepcopy(o)) for c in cookbook.code_cells(smoke.notebook) for o in c.outputs if o.get("name") == "stderr"]
+    assert [output.text for output in outputs if output] == []
 
 
 def test_clearml_session_is_complete(smoke):
     """Configuration, curves, figures and the final table."""
-    task, events, files = session_of(smoke[1])
+    task, events, files = session_of(smoke.folder)
     kinds = {event["type"] for event in events}
     settings = task["hyperparams"]["config"]
     assert settings["preset"]["value"] == "smoke"
@@ -62,29 +109,31 @@ def test_clearml_session_is_complete(smoke):
 
 
 def test_leaves_nothing_elsewhere(smoke):
-    """What a run writes stays in its folder, under the three names that the README states."""
-    assert {path.name for path in smoke[1].iterdir()} <= {"checkpoints", "clearml", "data"}
+    """What a run writes stays in its folder, under the names that the README states."""
+    assert {path.name for path in smoke.folder.iterdir()} <= LEFT | {smoke.path.name}
 
 
 def test_runs_again_to_the_same_numbers(smoke):
     """A second run in the same folder takes up the finished checkpoints."""
-    path, folder, first = smoke
-    if not (folder / "checkpoints").exists():
+    if not (smoke.folder / "checkpoints").exists():
         pytest.skip("keeps no checkpoints")
-    second = execute.run(path, folder, COOKBOOK_PRESET="smoke", COOKBOOK_DATA=DATA)
-    measure = r"(?:validation (?:loss|accuracy)|AUROC|PRO|success) (?:[A-Za-z_ ]+ )?[\d.]+(?: ± [\d.]+)?"
-    numbers = lambda notebook: re.findall(measure, cookbook.headline(notebook))
-    assert numbers(second)
-    assert numbers(second) == numbers(first)
+    assert numbers(smoke)
+    assert numbers(run(smoke.path, smoke.folder)) == numbers(smoke)
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path.name[:2] not in NO_DATA], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_runs_on_a_pretended_gpu(path, tmp_path):
+    """Tensors on two devices in one operation, a CUDA tensor read as NumPy and the like raise as they do on a GPU."""
+    check_result(run(path, tmp_path, pretended_gpu=True), device="pretended")
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if asks_for_data(path)], ids=lambda path: path.stem)
 def test_without_data_says_where_it_is(path, tmp_path):
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"https://\S+.*COOKBOOK_DATA"):
-        execute.run(path, tmp_path, COOKBOOK_PRESET="smoke", COOKBOOK_DATA=str(tmp_path / "nothing"))
+    with pytest.raises(RuntimeError, match=r"https://\S+.*COOKBOOK_DATA"):
+        stranger.run(path, tmp_path, COOKBOOK_PRESET="smoke", COOKBOOK_DATA=str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_wrong_preset_lists_the_right_ones(path, tmp_path):
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="'fast' is unknown; choose one of: auto, smoke, cpu, gpu"):
-        execute.run(path, tmp_path, COOKBOOK_PRESET="fast")
+    with pytest.raises(RuntimeError, match="'fast' is unknown; choose one of: auto, smoke, cpu, gpu"):
+        stranger.run(path, tmp_path, COOKBOOK_PRESET="fast")
