@@ -229,9 +229,10 @@ def execute(
         cookbook.write(notebook, folder / source.name)
         clock.save()
 
+    cells = len(cookbook.code_cells(notebook))
     with (
         (folder / "kernel.log").open("wb") as log,
-        tqdm(total=len(cookbook.code_cells(notebook)), desc=source.stem, unit="cell", disable=None) as bar,
+        tqdm(total=cells, desc=source.stem, unit="cell", leave=False, disable=None) as bar,  # silent but on a terminal
     ):
 
         def after_cell():

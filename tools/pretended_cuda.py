@@ -169,6 +169,8 @@ class Watch(TorchFunctionMode):
     """Sees every call, also those without a tensor among their inputs."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if not all(issubclass(kind, torch.Tensor) for kind in types):  # torch.fx records what is done to its stand-ins
+            return function(*args, **(kwargs or {}))
         return call(function, args, kwargs or {})
 
 

@@ -119,7 +119,8 @@ def report(path, preset, execution, start):
         return
     facts = read_json(execution.folder / "run.json") or {}
     headline = facts.get("headline") or cookbook.headline(execution.notebook)
-    say(*textwrap.wrap(headline, shutil.get_terminal_size().columns - 1, initial_indent="  ", subsequent_indent="  "))
+    for line in textwrap.wrap(headline, shutil.get_terminal_size().columns - 3):
+        say(f"  {line}")
 
 
 def summary(executions):
