@@ -80,7 +80,7 @@ def notebook(number, body, second=True):
     """A small notebook of the first or second edition: title, parameters, setup, `body`, three figures and a result."""
     return cells(
         nbformat.v4.new_markdown_cell(TITLE.format(number)),
-        code('PRESET = "auto"\nSEED = 0\nWIDTH = 1.5\nBACKBONE = "small"\nDEEP = False', "parameters"),
+        code('PRESET = "auto"\nSEED = 0\nWIDTH = 1.5\nBACKBONE = "small"\nDEEP = False\nLIMIT = None', "parameters"),
         SETUP if second else FIRST_SETUP,
         body,
         FIGURE,
@@ -351,7 +351,7 @@ def test_a_terminal_without_unicode_shows_the_rest(repository, executed, monkeyp
 
 
 def test_run_refuses_what_is_not_there(repository, executed, monkeypatch):
-    names = "PRESET, SEED, WIDTH, BACKBONE, DEEP"
+    names = "PRESET, SEED, WIDTH, BACKBONE, DEEP, LIMIT"
     assert call(run, monkeypatch, "--nb", "1", "DEPTH=3") == f"01_first.ipynb has no parameter DEPTH; it has: {names}"
     there = "01_first.ipynb, 02_second.ipynb, 08_third.ipynb"
     assert call(run, monkeypatch, "--nb", "09") == f"no notebook 09; there are: {there}"
@@ -369,7 +369,8 @@ def test_run_refuses_what_is_not_there(repository, executed, monkeypatch):
         ("SEED=010", 10), ("SEED=-3", -3), ("SEED=+3", 3), ("WIDTH=1", 1.0), ("WIDTH=1e-3", 0.001), ("WIDTH=007", 7.0),
         ("BACKBONE=resnet18", "resnet18"), ("BACKBONE='a b'", "a b"), ('BACKBONE="3"', "3"), ("BACKBONE=3", "3"),
         ("BACKBONE=", ""), ("BACKBONE=true", "true"), ("BACKBONE=a=b", "a=b"), ("BACKBONE='", "'"),
-        ("BACKBONE=https://x/y?z", "https://x/y?z"), ("DEEP=true", True), ("DEEP=False", False),
+        ("BACKBONE=https://x/y?z", "https://x/y?z"), ("DEEP=true", True), ("DEEP=False", False), ("LIMIT=None", None),
+        ("LIMIT=3", 3), ("BACKBONE=None", "None"),
     ],
 )  # fmt: skip
 def test_values_of_parameters(repository, executed, monkeypatch, pair, value):
@@ -390,6 +391,7 @@ def test_values_of_parameters(repository, executed, monkeypatch, pair, value):
         (["SEED="], "nothing stands behind =, but SEED is a whole number"),
         (["WIDTH=wide"], "wide is text, but WIDTH is a number"),
         (["WIDTH=true"], "true is true or false, but WIDTH is a number"),
+        (["SEED=None"], "None is None, but SEED is a whole number"),
         (["DEEP=1"], "1 is a whole number, but DEEP is true or false"),
         (["PRESET=gpu"], "use PRESET=gpu by itself, outside PARAMS, as in: make run PRESET=gpu"),
         (["WIDTH=1", "WIDTH=2"], "WIDTH is set twice, to 1 and to 2"),
@@ -473,7 +475,10 @@ def test_an_interrupted_run_ends_its_kernel_and_is_continued(repository):
         while not list(repository.glob("runs/02*/pid")) and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     (folder,) = repository.glob("runs/02*")
     assert process.returncode == 130
     assert out.startswith("01_first: ok")
