@@ -571,10 +571,25 @@ def test_margin_is_chosen_only_where_maxima_crowd_at_the_border(nb06):
         return maps
 
     rng = np.random.default_rng(0)
-    assert nb06.choose_margin(torch.rand(200, 64, 64), 8) == 0
-    assert nb06.choose_margin(peaks(rng.integers(20, 40, 200)), 8) == 0
-    assert nb06.choose_margin(peaks([0, 63] * 100), 8) == 8
-    assert nb06.choose_margin(peaks([0, 63]), 8) == 0
+    anywhere = peaks(rng.integers(64, size=200))
+    assert nb06.choose_margin(peaks(rng.integers(64, size=200)), anywhere, 8) == 0
+    assert nb06.choose_margin(peaks(rng.integers(20, 40, 200)), anywhere, 8) == 0
+    assert nb06.choose_margin(peaks([0, 63] * 100), anywhere, 8) == 8
+    assert nb06.choose_margin(peaks([0, 63] * 100), peaks([0, 63] * 100), 8) == 0
+    assert nb06.choose_margin(peaks([0, 63]), anywhere[:2], 8) == 0
+
+
+def test_rolled(nb06):
+    """The same numbers, moved round by multiples of four places, each picture by its own."""
+    distances = torch.rand(50, 16 * 16)
+    moved = nb06.rolled(distances)
+    shifts = set()
+    for before, after in zip(distances.view(50, 16, 16), moved.view(50, 16, 16), strict=True):
+        row, column = divmod(int((after == before[0, 0]).flatten().nonzero()), 16)
+        assert torch.equal(before.roll((row, column), (0, 1)), after)
+        shifts.add((row, column))
+    assert len(shifts) > 10
+    assert all(row % 4 == column % 4 == 0 for row, column in shifts)
 
 
 def test_scores_of_good_parts(nb06):
@@ -584,7 +599,7 @@ def test_scores_of_good_parts(nb06):
     gaussian = nb06.fit(TinyExtractor(), good, features)
     offered = torch.tensor([7, 0, 1, 3])
     everything = nb06.fit(TinyExtractor(), good, offered)
-    known, left_out = nb06.training_maps(TinyExtractor(), good, everything, offered, torch.tensor([1, 3, 0]), config)
+    known, left_out, _ = nb06.training_maps(TinyExtractor(), good, everything, offered, torch.tensor([1, 3, 0]), config)
     map_of = lambda model, picture: nb06.heat_maps(
         nb06.mahalanobis(nb06.embed(TinyExtractor()(picture), features), model.mean, nb06.cholesky_factors(model, 0.05)), 32, 1.0
     )[0]
@@ -729,7 +744,7 @@ def test_scan(nb06):
     rows = nb06.scan((8, 16), 16, 5, 4, 1, "cpu")
     assert [(row["pictures"], row["way"]) for row in rows] == [(n, w) for n in (8, 16) for w in ("collected", "buffer", "online")]
     assert rows[3]["peak"] > rows[0]["peak"]
-    assert all(row["seconds"] > 0 for row in rows)
+    assert all(row["ms"] > 0 for row in rows)
 
 
 def test_maps_of_the_inner_picture(nb06):

@@ -661,6 +661,11 @@ def test_identity_takes_captured_values_and_partials(canon):
     assert canon.identity(nn.ReLU) != canon.identity(nn.GELU)
 
 
+def test_what_measures_memory_has_an_identity(canon):
+    """It uses compiled classes, whose modules nobody has imported."""
+    assert canon.identity(canon.peak_memory) != canon.identity(canon.memory_events)
+
+
 def test_recursive_code_has_an_identity(canon):
     source = "def train(n):\n    return n and other(n - 1)\ndef other(n):\n    return train(n)"
     assert code_identity(canon, source) != code_identity(canon, source.replace("n - 1", "n - 2"))

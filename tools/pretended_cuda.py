@@ -19,6 +19,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NUMPY = "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
 DRAWS = {getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "bernoulli_", "random_", "exponential_")}
 MOVES = {getattr(torch.Tensor, name) for name in ("to", "cuda", "cpu", "copy_", "type_as")} | {torch.result_type, torch.can_cast}
+HANDLED = MOVES | {torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.pin_memory}
+PLAIN = {int, float, bool, complex, str, type(None), type(...), torch.dtype, torch.layout, torch.memory_format, torch.Size, type, range}
+TENSORS = {torch.Tensor, torch.nn.Parameter}
 cuda_generators = []
 
 
@@ -135,6 +138,38 @@ def on_the_cpu(a):
 
 
 def call(function, args, kwargs):
+    """What a function of torch gives on such tensors. Most calls are plain: no move, no factory, all on one device."""
+    if function in HANDLED or "device" in kwargs or "generator" in kwargs:
+        return call_by_the_rules(function, args, kwargs)
+    on_cuda, on_cpu = False, False
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        kind = type(a)
+        if kind is CudaTensor:
+            on_cuda = True
+        elif kind in TENSORS:
+            on_cpu = True
+        elif kind not in PLAIN:
+            return call_by_the_rules(function, args, kwargs)
+    if not on_cuda:
+        return function(*args, **kwargs)
+    if on_cpu:
+        return call_by_the_rules(function, args, kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        result = function(*args, **kwargs)
+        kind = type(result)
+        if kind in TENSORS:
+            return result.as_subclass(CudaTensor)
+    return result if kind in PLAIN or kind is CudaTensor else on_cuda_too(result)
+
+
+def on_cuda_too(result):
+    """A result that may hold tensors in lists, tuples and dicts."""
+    if isinstance(result, torch.Size) or not isinstance(result, (torch.Tensor, list, tuple, dict)):
+        return result
+    return tree_map(to_cuda, result)
+
+
+def call_by_the_rules(function, args, kwargs):
     on_cuda, where, generator = check_devices(function, args, kwargs), destination(function, args, kwargs), kwargs.get("generator")
     if "device" in kwargs and kwargs["device"] is not None:
         kwargs = {**kwargs, "device": CPU}
@@ -169,8 +204,9 @@ class Watch(TorchFunctionMode):
     """Sees every call, also those without a tensor among their inputs."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if not all(issubclass(kind, torch.Tensor) for kind in types):  # torch.fx records what is done to its stand-ins
-            return function(*args, **(kwargs or {}))
+        for kind in types:
+            if not issubclass(kind, torch.Tensor):  # torch.fx records what is done to its stand-ins
+                return function(*args, **(kwargs or {}))
         return call(function, args, kwargs or {})
 
 

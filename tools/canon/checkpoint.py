@@ -37,8 +37,8 @@ def checkpoint_folder(folder, free=200):
 
 def is_own(value):
     """Whether a function or class comes from the notebook, not from a library."""
-    module = sys.modules.get(value.__module__)
-    return module is None or module.__spec__ is None
+    root = sys.modules.get(value.__module__.partition(".")[0])  # compiled classes name modules that nobody has imported
+    return root is None or root.__spec__ is None
 
 
 def digest(array):

@@ -6,8 +6,8 @@ import sys
 import threading
 
 from clearml import Task
+from clearml import config as clearml_config
 from clearml.backend_api import Session
-from clearml.config import config, config_obj
 
 CLEARML_KEYS = ("CLEARML_API_ACCESS_KEY", "CLEARML_API_SECRET_KEY")
 CLEARML_HOSTS = ("CLEARML_API_HOST", "CLEARML_WEB_HOST", "CLEARML_FILES_HOST")  # for a server of one's own
@@ -65,9 +65,10 @@ def start_tracking(name, settings):
     if Task.current_task():
         finish_tracking(Task.current_task(), patience=20)
     os.environ.setdefault("CLEARML_CACHE_DIR", "clearml")
-    config_obj.set_config_impl(None)  # clearml.conf may have been written since it was last read
-    config.clear_config_impl()
-    config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})  # it takes seconds to close, or hangs
+    clearml_config.config_obj.set_config_impl(None)  # clearml.conf may have been written since it was last read
+    clearml_config.config.clear_config_impl()
+    in_process = {"sdk": {"development": {"report_use_subprocess": False}}}  # a process of its own takes seconds to close, or hangs
+    clearml_config.config_obj.set_overrides(in_process)
     logging.getLogger("clearml.Repository Detection").setLevel("ERROR")  # it warns where no Jupyter server runs, as under papermill
     wished = os.environ.get("CLEARML_OFFLINE_MODE")
     error = connection_error()
