@@ -27,6 +27,7 @@ WORKS = {
     "deep copies": "all(p.is_cuda for p in copy.deepcopy(nn.Linear(2, 2).cuda()).parameters())",
     "saving and loading": "saved().is_cuda and torch.equal(saved().cpu(), x.cpu())",
     "autocast": "mixed().dtype == torch.float16",
+    "the state of autocast": "asked() == (True, torch.float16) and not torch.is_autocast_enabled('cuda')",
     "gradients lie there": "gradient().is_cuda",
     "pinned memory": "torch.rand(2).pin_memory().to('cuda', non_blocking=True).is_cuda",
     "state dicts": "all(v.is_cuda for v in nn.Linear(2, 2).cuda().state_dict().values())",
@@ -80,6 +81,10 @@ def saved():
 def mixed():
     with torch.autocast("cuda", torch.float16):
         return nn.Linear(2, 2).cuda()(x)
+
+def asked():
+    with torch.autocast("cuda", torch.float16):
+        return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
 def gradient():
     layer = nn.Linear(2, 2).cuda()

@@ -278,6 +278,9 @@ def install(capability=(7, 5)):
         return tree_map(to_cuda, value) if isinstance(map_location, (str, torch.device)) and names_cuda(map_location) else value
 
     torch.Generator, torch.autocast, torch.amp.autocast = Generator, Autocast, Autocast
+    enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    torch.is_autocast_enabled = lambda device_type=None: enabled("cpu") if device_type in (None, "cuda") else enabled(device_type)
+    torch.get_autocast_dtype = lambda device_type: dtype("cpu" if device_type == "cuda" else device_type)
     torch.save = lambda value, *args, **kwargs: save(without_cuda(value), *args, **kwargs)
     torch.load = load_on
     torch.nn.Module._apply = apply_to_module
