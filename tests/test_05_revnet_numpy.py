@@ -374,9 +374,11 @@ def test_segments_within_which_one_rebuilds(nb05, rng, small):
     nb05.gradients_by(nb05.stored, network, *batch)
     expected = all_gradients(network)
     for segment in (1, 2, 5):
+        network = nb05.Network(small, 0, np.float64)
         remember = functools.partial(nb05.checkpointed, segment=segment, within=nb05.reversible)
         nb05.gradients_by(remember, network, *batch)
         assert close(all_gradients(network), expected)
+        assert not any(isinstance(name, tuple) for name, *_ in network.buffers.arrays)  # no tape
 
 
 # --- data and training
@@ -547,7 +549,8 @@ def test_angle_to_the_exact_gradient(nb05, rng, small):
 
 def test_angles_in_training(nb05, rng):
     config = nb05.Config(depth=2, width=8, hidden=4, batch_size=16)
-    found = nb05.angles_in_training(config, toy_data(rng), 0, 6, 2)
+    found, right = nb05.angles_in_training(config, toy_data(rng), 0, 6, 2)
+    assert 0 <= right <= 100
     assert set(found) == {"reversible", "stored"}
     assert all(len(values) == 4 and max(values) < 0.01 for values in found.values())
 
@@ -607,6 +610,11 @@ def test_function_of_torch_in_mixed_precision(nb05):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype == torch.float32
         assert (a - b).norm() < 0.02 * b.norm()
+    seen = []
+    pairs[0][0][0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        run_both(nb05, pairs, torch.randn(5, 8), weights)
+    assert seen == [torch.bfloat16] * 3  # forth, rebuilt, stored
 
 
 def test_function_of_torch_keeps_outputs_alone(nb05):
