@@ -440,8 +440,9 @@ def test_the_clearml_session_of_this_run_is_named(repository):
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {here!r})
 from tools import cookbook, run
 cookbook.ROOT = Path({root!r})
@@ -467,16 +468,6 @@ def alive(pid):
     return True
 
 
-def interrupted(process):
-    """(stdout, stderr) of a process after Ctrl+C, pressed again where a busy machine has lost the first."""
-    process.send_signal(signal.SIGINT)
-    try:
-        return process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        return process.communicate(timeout=60)
-
-
 def test_an_interrupted_run_ends_its_kernel_and_is_continued(repository):
     nbformat.write(cells("print('here')", WAITS), repository / "notebooks" / "02_second.ipynb")
     command = [sys.executable, "-c", SCRIPT.format(here=str(HERE), root=str(repository))]
@@ -484,8 +475,9 @@ def test_an_interrupted_run_ends_its_kernel_and_is_continued(repository):
         deadline = time.monotonic() + 120
         while not list(repository.glob("runs/02*/pid")) and time.monotonic() < deadline:
             time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
         try:
-            out, err = interrupted(process)
+            out, err = process.communicate(timeout=60)
         finally:
             process.kill()
     (folder,) = repository.glob("runs/02*")
