@@ -11,13 +11,11 @@ import nbformat
 import pytest
 
 from tests import first_editions, stranger
-from tools import cookbook, sync_canon
+from tools import cookbook
 from tools.execute import read_json
 from tools.render import clean_output, pictures
 
 PATHS = cookbook.find() + cookbook.miniatures()
-FIRST_EDITIONS = [path for path in PATHS if cookbook.is_first_edition(path)]
-ON_A_PRETENDED_GPU = [path for path in PATHS if path not in FIRST_EDITIONS[1:]]  # the others all passed, and their code stays as it is
 SMOKE = {"COOKBOOK_PRESET": "smoke", "COOKBOOK_DATA": str(cookbook.ROOT / "data")}
 LEFT = {"checkpoints", "clearml", "data", "results.json", "run.json", "kernel.log"}
 MEASURED_UNIT = re.compile(r"[nµum]?s|(milli|micro)?seconds?|minutes?|hours?|[kKMGT]?i?B|.+/ ?s(econd)?|times as fast")
@@ -29,9 +27,7 @@ def each(paths):
 
 
 def asks_for_data(path):
-    """Whether code of its own says what lacks; what canon says is tested with canon."""
-    cells = [cell for cell in cookbook.code_cells(cookbook.read(path)) if cookbook.is_first_edition(path) or not sync_canon.name_of(cell)]
-    return any("COOKBOOK_DATA" in cell.source or "missing(" in cell.source for cell in cells)
+    return "COOKBOOK_DATA" in "".join(cell.source for cell in cookbook.code_cells(cookbook.read(path)))
 
 
 @dataclass(frozen=True)
@@ -118,14 +114,14 @@ def test_leaves_nothing_elsewhere(smoke):
 
 
 def test_runs_again_to_the_same_numbers(smoke):
-    """A second run in the same folder takes up the finished checkpoints. The code of first editions stays as it is, and has shown it."""
-    if cookbook.is_first_edition(smoke.path) or not (smoke.folder / "checkpoints").exists():
-        pytest.skip("a first edition, or one that keeps no checkpoints")
+    """A second run in the same folder takes up the finished checkpoints."""
+    if not (smoke.folder / "checkpoints").exists():
+        pytest.skip("keeps no checkpoints")
     assert numbers(smoke)
     assert numbers(run(smoke.path, smoke.folder)) == numbers(smoke)
 
 
-@pytest.mark.parametrize("path", ON_A_PRETENDED_GPU, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_runs_on_a_pretended_gpu(path, tmp_path):
     """Tensors on two devices in one operation, a CUDA tensor read as NumPy and the like raise as they do on a GPU."""
     check_result(run(path, tmp_path, pretended_gpu=True), device="pretended")
@@ -137,7 +133,7 @@ def test_without_data_says_where_it_is(path, tmp_path):
         stranger.run(path, tmp_path, COOKBOOK_PRESET="smoke", COOKBOOK_DATA=str(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("path", [cookbook.MINIATURE, PATHS[0]], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_wrong_preset_lists_the_right_ones(path, tmp_path):
     with pytest.raises(RuntimeError, match="'fast' is unknown; choose one of: auto, smoke, cpu, gpu"):
         stranger.run(path, tmp_path, COOKBOOK_PRESET="fast")
