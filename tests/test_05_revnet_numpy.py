@@ -5,12 +5,14 @@ import itertools
 import json
 import math
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cloudpickle import register_pickle_by_value, unregister_pickle_by_value
 from torch import nn
 
 
@@ -214,10 +216,9 @@ def test_cross_entropy_of_extreme_logits(nb05):
     [
         (lambda nb, layers: nb.Adam(layers, 0.1), lambda weights: torch.optim.Adam(weights, 0.1)),
         (lambda nb, layers: nb.Adam(layers, 0.01, (0.5, 0.9), 0.1), lambda weights: torch.optim.Adam(weights, 0.01, (0.5, 0.9), 0.1)),
-        (lambda nb, layers: nb.SGD(layers, 0.1), lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9)),
-        (lambda nb, layers: nb.SGD(layers, 0.1, 0), lambda weights: torch.optim.SGD(weights, 0.1)),
+        (lambda nb, layers: nb.SGD(layers, 0.1), lambda weights: torch.optim.SGD(weights, 0.1)),
     ],
-    ids=["Adam", "Adam with other settings", "SGD with momentum", "SGD"],
+    ids=["Adam", "Adam with other settings", "SGD"],
 )
 def test_optimisers(nb05, rng, ours, theirs):
     layers = [nb05.Layer(np.float64, a=(3, 2)), nb05.Layer(np.float64, b=(4,)), nb05.Layer(np.float64, frozen=(2,))]
@@ -242,8 +243,7 @@ def test_optimisers(nb05, rng, ours, theirs):
 
 def test_plain_descent_keeps_nothing(nb05):
     layer = nb05.Layer(np.float32, a=(3,))
-    assert nb05.SGD([layer], 1, 0).moments[0].size == 0
-    assert nb05.SGD([layer], 1).moments[0].size == 3
+    assert nb05.SGD([layer], 1).moments[0].size == 0
     assert nb05.Adam([layer], 1).moments[0].size == 6
 
 
@@ -271,7 +271,7 @@ def test_gradients_of_the_network(nb05, rng, way, depth, width, hidden, batch):
         layer.weights += 0.1 * rng.standard_normal(layer.weights.size)
     weights = [tensor(layer.weights) for layer in network.layers]
     loss = torch_loss(network, weights, pictures, labels)
-    nothing = nb05.SGD(network.layers, 0.0, 0)
+    nothing = nb05.SGD(network.layers, 0.0)
     if way[0] == "micro-batches" and way[1] > batch:
         way = ("micro-batches", batch)
     found = nb05.step_by(*way)(network, nothing, pictures, labels)
@@ -368,17 +368,21 @@ def test_a_frugal_step_is_the_same_step(nb05, rng, small, make):
     assert close(*zip(*((a.weights, b.weights) for a, b in pairs), strict=True))
 
 
-def test_segments_within_which_one_rebuilds(nb05, rng, small):
+def test_anchors(nb05, rng, small):
+    """The gradients are those of rebuilding, and no tape is kept; copies take the place of streams that were rebuilt wrongly."""
     network = nb05.Network(small, 0, np.float64)
     batch = picture_batch(rng, 5)
     nb05.gradients_by(nb05.stored, network, *batch)
     expected = all_gradients(network)
-    for segment in (1, 2, 5):
+    for every in (1, 2, 5, 9):
         network = nb05.Network(small, 0, np.float64)
-        remember = functools.partial(nb05.checkpointed, segment=segment, within=nb05.reversible)
-        nb05.gradients_by(remember, network, *batch)
+        nb05.gradients_by(functools.partial(nb05.anchored, every=every), network, *batch)
         assert close(all_gradients(network), expected)
         assert not any(isinstance(name, tuple) for name, *_ in network.buffers.arrays)  # no tape
+    steep = nb05.Network(nb05.scaled_config(replace(small, depth=40), 1.0), 0)
+    batch = batch[0].astype(np.float32), batch[1]
+    angles = [nb05.angle_to_exact(functools.partial(nb05.anchored, every=every), steep, *batch) for every in (40, 2)]
+    assert angles[1] < 0.01 * angles[0]
 
 
 # --- data and training
@@ -454,11 +458,12 @@ def test_the_rate_is_warmed_up_and_led_to_zero(nb05, rng, monkeypatch):
 # --- memory
 
 
-def test_best_segment(nb05):
+def test_the_segments_keep_least(nb05):
+    """Starts of depth / k segments, and a tape of four streams for each of k blocks."""
     kept = lambda depth, k: math.ceil(depth / k) - 1 + 2 * k
-    for depth in (1, 2, 7, 64, 128):
-        assert kept(depth, nb05.best_segment(depth)) == min(kept(depth, k) for k in range(1, depth + 1))
-    assert nb05.best_segment(128) == 8
+    for depth in (1, 2, 8, 32, 128):
+        (segment,) = [way[1] for way in nb05.four_ways(depth) if way[0] == "checkpoints"]
+        assert kept(depth, segment) == min(kept(depth, k) for k in range(1, depth + 1))
 
 
 def test_memory_of_the_ways(nb05):
@@ -485,33 +490,44 @@ def test_parts_of_the_memory(nb05):
     assert facts["peak"] == pytest.approx(
         sum(facts[part] for part in ("weights", "gradients", "moments", "batch", "activations")), rel=0.02
     )
-    plain = functools.partial(nb05.SGD, momentum=0)
-    frugal = nb05.memory_of_step(config, 64, nb05.frugal_step, nb05.share_gradients, plain)
+    frugal = nb05.memory_of_step(config, 64, nb05.frugal_step, nb05.share_gradients, nb05.SGD)
     assert frugal["moments"] == 0
     assert frugal["gradients"] < facts["gradients"] - 7 * 2 * 8256 * 4 / 2**20  # of seven of eight blocks
 
 
 def test_costs(nb05):
-    found = nb05.costs([("stored",), ("checkpoints", 2)], nb05.Config(depth=6), 32, 1)
-    assert list(found) == [("stored",), ("checkpoints", 2)]
+    cases = [("stored",), ("checkpoints", 2), ("ordinary",)]
+    found = nb05.costs(cases, nb05.Config(depth=6), 32, 2, 1)
+    assert list(found) == cases
     assert found["stored",][0] > found["checkpoints", 2][0] > 0
-    assert all(seconds > 0 for _, seconds in found.values())
+    assert found["ordinary",][0] == pytest.approx(
+        nb05.memory_of_step(nb05.Config(depth=6, streams=1), 32, nb05.step_by("stored"))["activations"], rel=0.01
+    )
+    assert all(len(seconds) == 2 and min(seconds) > 0 for _, seconds in found.values())
 
 
-def test_a_process_of_its_own(nb05):
+@pytest.fixture
+def by_value(nb05):
+    """A notebook's functions reach another process by value, those of a module by name: here they are to go as from a notebook."""
+    register_pickle_by_value(nb05)
+    yield nb05
+    unregister_pickle_by_value(nb05)
+
+
+def test_a_process_of_its_own(by_value):
     """What it holds by tracemalloc is what this process counts; the resident set grows by about as much."""
-    config = nb05.Config(depth=24)
-    there = nb05.in_own_process(f"{config}, 1024, step_by('stored')")
-    here = nb05.memory_of_step(config, 1024, nb05.step_by("stored"))
+    config = by_value.Config(depth=24)
+    there = by_value.in_own_process(config, 1024, by_value.step_by("stored"))
+    here = by_value.memory_of_step(config, 1024, by_value.step_by("stored"))
     assert there["activations"] == pytest.approx(here["activations"], rel=0.02)
     if sys.platform == "linux":
-        assert there["resident"] == pytest.approx(there["peak"], rel=0.35)
+        assert there["resident"] == pytest.approx(there["peak"], rel=0.5)
     json.dumps(there)
 
 
-def test_a_process_that_fails_says_why(nb05):
-    with pytest.raises(RuntimeError, match="width 7 does not part into 2 equal streams"):
-        nb05.in_own_process(f"{nb05.Config(width=7)}, 4, step_by('stored')")
+def test_a_process_that_fails_says_why(by_value):
+    with pytest.raises(ValueError, match="width 7 does not part into 2 equal streams"):
+        by_value.in_own_process(by_value.Config(width=7), 4, by_value.step_by("stored"))
 
 
 # --- rebuilding errors
@@ -547,12 +563,68 @@ def test_angle_to_the_exact_gradient(nb05, rng, small):
         assert math.isnan(nb05.angle_to_exact(nb05.reversible, network, *batch))
 
 
-def test_angles_in_training(nb05, rng):
+def test_steep_training(nb05, rng):
+    config, data = nb05.Config(depth=2, width=8, hidden=4, batch_size=16), toy_data(rng)
+    for remember in (nb05.stored, nb05.reversible):
+        found, right = nb05.steep_training(config, data, remember, 6, 2, 0)
+        assert 0 <= right <= 100
+        assert set(found) == {"reversible", "stored"}
+        assert all(len(values) == 4 and max(values) < 0.01 for values in found.values())
+
+
+def test_a_training_ends_where_inputs_cannot_be_rebuilt(nb05, rng, monkeypatch):
+    """What was reached by then is told."""
+
+    def fails(remember, network, optimiser, *batch):
+        raise FloatingPointError("block 1")
+
+    monkeypatch.setitem(nb05.steep_training.__globals__, "training_step", fails)
     config = nb05.Config(depth=2, width=8, hidden=4, batch_size=16)
-    found, right = nb05.angles_in_training(config, toy_data(rng), 0, 6, 2)
+    found, right = nb05.steep_training(config, toy_data(rng), nb05.reversible, 6, 2, 0)
+    assert len(found["reversible"]) == 1
     assert 0 <= right <= 100
-    assert set(found) == {"reversible", "stored"}
-    assert all(len(values) == 4 and max(values) < 0.01 for values in found.values())
+
+
+# --- seeds side by side
+
+
+def test_side_by_side(nb05):
+    assert nb05.side_by_side(lambda x: x**2, range(5)) == [0, 1, 4, 9, 16]
+
+
+def test_an_error_ends_what_has_not_begun(nb05, monkeypatch):
+    """And nothing runs on behind the cell."""
+    monkeypatch.setattr(nb05.os, "cpu_count", lambda: 2)
+    begun, ended = [], []
+
+    def work(number):
+        begun.append(number)
+        if number == 1:
+            raise KeyError("seed 1")
+        time.sleep(0.2)
+        ended.append(number)
+
+    with pytest.raises(KeyError, match="seed 1"):
+        nb05.side_by_side(work, range(50))
+    assert len(begun) < 10
+    assert sorted(ended) == sorted(set(begun) - {1})
+
+
+def test_tune_and_train(nb05, rng):
+    """The rate is chosen on validation pictures by a seed that is not reported, over half of the epochs."""
+    config = nb05.Config(depth=2, width=16, hidden=8, batch_size=32, epochs=3)
+    data = toy_data(rng)
+    data["test"] = tuple(part[:50] for part in data["test"])
+    best, logs, right = nb05.tune_and_train(config, data, nb05.reversible, (1e-6, 1e-2, 1e-5), range(2, 4), None)
+    assert best == replace(config, learning_rate=1e-2)
+    for seed, log, value in zip((2, 3), logs, right, strict=True):
+        assert (log, value) == nb05.trained(best, data, seed, nb05.reversible)
+    calls = []
+    spy = lambda folder, name, compute, config, data, seed, remember: calls.append((config, seed)) or compute(config, data, seed, remember)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(nb05.tune_and_train.__globals__, "remembered", spy)
+        nb05.tune_and_train(config, data, nb05.reversible, (1e-3, 1e-2), range(2, 4), None)
+    assert {(c.epochs, seed) for c, seed in calls} == {(2, 102), (3, 2), (3, 3)}
 
 
 # --- PyTorch
@@ -644,7 +716,7 @@ def test_convolutional_network(nb05):
 def test_memory_of_the_convolutional_network(nb05):
     pictures = torch.randn(2, 3, 32, 32)
     kept = {(way, n): nb05.conv_memory(way, n, 16, pictures)[0] for way in ("stored", "reversible") for n in (1, 3)}
-    assert kept["reversible", 3] == pytest.approx(kept["reversible", 1], rel=0.01)
+    assert kept["reversible", 3] == kept["reversible", 1]
     assert kept["stored", 3] > 2 * kept["stored", 1]
 
 
@@ -653,9 +725,3 @@ def test_training_the_convolutional_network(nb05):
     runs = [nb05.train_conv(way, images, labels, 1, 16, 8, 3, 0) for way in ("stored", "reversible")]
     assert runs[0].shape == (3,)
     assert torch.allclose(*runs, rtol=1e-3)
-
-
-def test_speeds(nb05):
-    found = nb05.speeds(nb05.Config(depth=2), 16, 1)
-    assert set(found) == {"stored", "reversible", "PyTorch"}
-    assert all(value > 0 for value in found.values())
