@@ -619,13 +619,14 @@ def test_alarms(nb06):
     assert (run["inner"]["test"] <= run["whole"]["test"]).all()
     far = run["border"]["test"] >= 16
     assert torch.equal(run["inner"]["test"][far], run["whole"]["test"][far])
-    row = nb06.alarm_row(category, [run, run], "whole", "left out", 0.2)
+    row, caught = nb06.alarm_row(category, [run, run], "whole", "left out", 0.2)
     limit = nb06.threshold(run["whole"]["left out"].numpy(), 0.2)
     assert row["threshold"] == f"{limit:.1f} ± 0.0"
     good = (run["whole"]["test"][:4] > limit).sum()
     corner = (run["whole"]["test"][8:] > limit).sum()
     assert row["test pictures above"].startswith(f"good {good:.1f} ± 0.0 of 4; corner {corner:.1f} ± 0.0 of 4; spot ")
-    few = nb06.alarm_row(category, [run], "whole", "known", 0.0001)  # the highest of ten
+    assert caught.tolist() == [(run["whole"]["test"][4:] > limit).sum()] * 2
+    few, _ = nb06.alarm_row(category, [run], "whole", "known", 0.0001)  # the highest of ten
     assert few["threshold"] == f"{run['whole']['known'].max():.1f}"
 
 
