@@ -1,4 +1,4 @@
-"""What tests share: `nb06`, the definitions of notebook 06, and so on for every notebook; seeds; threads."""
+"""What tests share: `nb06`, the definitions of notebook 06, and so on for every notebook; seeds; threads; kernels that start fast."""
 
 import os
 
@@ -9,6 +9,7 @@ os.environ.setdefault("CLEARML_OFFLINE_MODE", "1")  # no test reports to a serve
 import pytest
 import torch
 
+from tests.forked_kernels import forked_kernels
 from tools import cookbook
 from tools.lift import lift
 
@@ -20,6 +21,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def seeded():
     """Random inputs are the same in every run, whichever tests run before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def forking_process(tmp_path_factory):
+    """Environment variables with which kernels are forked."""
+    with forked_kernels(tmp_path_factory.mktemp("forked")) as variables:
+        yield variables
+
+
+@pytest.fixture
+def forked(forking_process, monkeypatch):
+    """Kernels that this test starts are forked from a process that has the libraries in memory."""
+    for name, value in forking_process.items():
+        monkeypatch.setenv(name, value)
 
 
 def definitions_of(path):

@@ -113,7 +113,7 @@ def test_leaves_nothing_elsewhere(smoke):
     assert {path.name for path in smoke.folder.iterdir()} <= LEFT | {smoke.path.name}
 
 
-def test_runs_again_to_the_same_numbers(smoke):
+def test_runs_again_to_the_same_numbers(smoke, forked):
     """A second run in the same folder takes up the finished checkpoints."""
     if not (smoke.folder / "checkpoints").exists():
         pytest.skip("keeps no checkpoints")
@@ -122,18 +122,18 @@ def test_runs_again_to_the_same_numbers(smoke):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_runs_on_a_pretended_gpu(path, tmp_path):
+def test_runs_on_a_pretended_gpu(path, tmp_path, forked):
     """Tensors on two devices in one operation, a CUDA tensor read as NumPy and the like raise as they do on a GPU."""
     check_result(run(path, tmp_path, pretended_gpu=True), device="pretended")
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if asks_for_data(path)], ids=lambda path: path.stem)
-def test_without_data_says_where_it_is(path, tmp_path):
+def test_without_data_says_where_it_is(path, tmp_path, forked):
     with pytest.raises(RuntimeError, match=r"https://\S+.*COOKBOOK_DATA"):
         stranger.run(path, tmp_path, COOKBOOK_PRESET="smoke", COOKBOOK_DATA=str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_wrong_preset_lists_the_right_ones(path, tmp_path):
+def test_wrong_preset_lists_the_right_ones(path, tmp_path, forked):
     with pytest.raises(RuntimeError, match="'fast' is unknown; choose one of: auto, smoke, cpu, gpu"):
         stranger.run(path, tmp_path, COOKBOOK_PRESET="fast")
