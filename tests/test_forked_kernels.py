@@ -27,7 +27,9 @@ def printed(execution):
 
 def test_folder_environment_and_libraries(forked, tmp_path):
     """The folder and environment that were asked for, libraries in memory, nothing of this repository."""
-    look = "import os, sys; print(os.getcwd(), os.environ['HERE'], 'torch' in sys.modules, 'clearml' in sys.modules, os.environ.get('GONE'))"
+    look = (
+        "import os, sys; print(os.getcwd(), os.environ['HERE'], 'torch' in sys.modules, 'clearml' in sys.modules, os.environ.get('GONE'))"
+    )
     source = saved(tmp_path, look, "import tools")
     done = execute(source, tmp_path / "run", {**os.environ, "HERE": "there"})
     assert printed(done).split() == [str(tmp_path / "run"), "there", "True", "False", "None"]
@@ -45,7 +47,9 @@ def test_death_is_noticed(forked, tmp_path):
 
 def test_interruption_passes_on(forked, tmp_path):
     notebook = cookbook.read(saved(tmp_path, "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('stopped')"))
-    client = NotebookClient(notebook, kernel_name="python3", timeout=1, interrupt_on_timeout=True, resources={"metadata": {"path": tmp_path}})
+    client = NotebookClient(
+        notebook, kernel_name="python3", timeout=1, interrupt_on_timeout=True, resources={"metadata": {"path": tmp_path}}
+    )
     start = time.perf_counter()
     client.execute()
     assert time.perf_counter() - start < 30
