@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import itertools
+import time
 
 import eagerpy
 import foolbox
@@ -585,11 +586,11 @@ def test_means_of_judgements(nb02):
 @pytest.mark.parametrize(
     ("interval", "seeds", "expected"),
     [
-        ((1, 0.5, 1.5), (0.1, 2), "beats"),
-        ((1, 0.5, 1.5), (-0.1, 2), "does not beat"),
-        ((1, -0.5, 2.5), (0.1, 2), "does not beat"),
-        ((-1, -1.5, -0.5), (-0.1, -2), "loses to"),
-        ((-1, -1.5, -0.5), (0.1, -2), "does not beat"),
+        ((1, 0.5, 1.5), (0.1, 2), "more"),
+        ((1, 0.5, 1.5), (-0.1, 2), "no more"),
+        ((1, -0.5, 2.5), (0.1, 2), "no more"),
+        ((-1, -1.5, -0.5), (-0.1, -2), "fewer"),
+        ((-1, -1.5, -0.5), (0.1, -2), "no more"),
     ],
 )
 def test_a_verdict_takes_the_interval_and_every_seed(nb02, interval, seeds, expected):
@@ -627,6 +628,39 @@ def test_judging(nb02):
     with nb02.routed(dual.eval(), "auxiliary"):
         assert torch.equal(found["clean, auxiliary"], dual(x).argmax(1) == labels)
     assert torch.equal(found["clean"], right(x, labels))
+
+
+def test_an_error_ends_what_has_not_begun(nb02, monkeypatch):
+    """Results come in order; after an error nothing begins, and nothing runs on behind the cell."""
+    monkeypatch.setattr(nb02.os, "cpu_count", lambda: 2)
+    assert nb02.over_cores(lambda x: x**2, range(5), "squares") == [0, 1, 4, 9, 16]
+    begun, ended = [], []
+
+    def work(number):
+        begun.append(number)
+        if number == 1:
+            raise KeyError("seed 1")
+        time.sleep(0.2)
+        ended.append(number)
+
+    with pytest.raises(KeyError, match="seed 1"):
+        nb02.over_cores(work, range(50), "seeds")
+    assert len(begun) < 10
+    assert sorted(ended) == sorted(set(begun) - {1})
+
+
+def test_on_a_gpu_one_runs_after_the_other(nb02, monkeypatch):
+    monkeypatch.setattr(nb02.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(nb02.over_cores.__globals__, "ThreadPoolExecutor", lambda *args: pytest.fail("asked for threads"))
+    assert nb02.over_cores(abs, [-1, 2], "signs") == [1, 2]
+
+
+def test_training_from_scratch_begins_with_its_weights(nb02, monkeypatch):
+    seen = []
+    spy = lambda folder, name, compute, *arguments: seen.append((folder, compute, arguments)) or ("log", "weights", "judgement", 1.0)
+    monkeypatch.setitem(nb02.judged_from_scratch.__globals__, "remembered", spy)
+    assert nb02.judged_from_scratch("folder", ("config", "way", "data", 7), "exam", (3, "state")) == "judgement"
+    assert seen == [("folder", nb02.trained_and_judged, ("config", "way", "data", 7, 3, "state", "exam"))]
 
 
 def test_norms_estimated_anew(nb02):
