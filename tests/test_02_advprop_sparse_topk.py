@@ -554,10 +554,13 @@ def test_withstood_is_the_worst_of_all_attacks(nb02):
         assert nb02.withstood(Bright(), x, labels, 0.01, steps, 2).tolist() == [True, True, True, False]
 
 
-def test_tries_are_as_many_for_each(nb02):
+def test_the_same_rates_are_tried_for_each(nb02):
     for name, way in nb02.WAYS.items():
         tries = nb02.tries_of(way)
-        assert len(set(tries)) == 4, name
+        strengths = 2 if way.second in ("adversary", nb02.gaussian_noise) else 1
+        assert len(set(tries)) == 3 * strengths, name
+        assert {t.learning_rate for t in tries} == {0.003, 0.01, 0.03}
+        assert len({(t.eps, t.attack_steps, t.second) for t in tries}) == strengths
         assert {(t.norm, t.mask, t.alone) for t in tries} == {(way.norm, way.mask, way.alone)}
     for way in nb02.tries_of(nb02.WAYS["noise, both"]):
         assert isinstance(way.second, functools.partial)
@@ -675,6 +678,18 @@ def test_norms_estimated_anew(nb02):
     assert not model.training
 
 
+def test_half_precision_leaves_slopes_of_sure_answers(nb02):
+    """A network that is sure by 20 nats has slopes that would be 0 in half precision; the attack still moves."""
+    model = nb02.Linear([-40.0])  # logit -20 for the wrong class
+    x, y = torch.full((1, 1, 1, 1), 0.5), torch.tensor([0])
+    with torch.autocast("cpu", torch.float16):
+        x_adv = nb02.pgd_attack(model, x, y, 0.1, 0.05, 4, random_start=False)
+        x.requires_grad_()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        assert torch.autograd.grad(loss, x)[0] == 0
+    assert x_adv.item() == pytest.approx(0.4)
+
+
 def test_steps_follow_the_time(nb02, monkeypatch):
     """Twice as slow, half the steps; ways that differ in the learning rate alone get the same."""
     measured = []
@@ -683,9 +698,11 @@ def test_steps_follow_the_time(nb02, monkeypatch):
         measured.append(len(cases))
         return {name: 2 * (0.1 + 0.1 * bool(case.args[1].second)) for name, case in cases.items()}
 
-    monkeypatch.setitem(nb02.steps_within.__globals__, "seconds_in_turns", seconds)
+    monkeypatch.setitem(nb02.seconds_of_steps.__globals__, "seconds_in_turns", seconds)
     ways = [nb02.Way(), nb02.Way(nb02.mirrored), nb02.Way(learning_rate=0.2), nb02.Way(nb02.mirrored, learning_rate=0.1)]
     config = nb02.Config(widths=(8, 8))
-    found = nb02.steps_of(ways, 10, config, data_of(nb02), nb02.initial_state(config, 0))
-    assert found == [100, 50, 100, 50]
+    found = nb02.seconds_of_each(ways, config, data_of(nb02), nb02.initial_state(config, 0), 3)
+    assert found == pytest.approx({0: 0.1, 1: 0.2, 2: 0.1, 3: 0.2})
+    assert nb02.equal_time(found, 100, reference=0) == {0: 100, 1: 50, 2: 100, 3: 50}
+    assert nb02.equal_time({"ordinary": 1.0, "slow": 500.0}, 100) == {"ordinary": 100, "slow": 1}
     assert measured == [2]
