@@ -1,5 +1,6 @@
 """Checks that hold for definitions that several notebooks write out for themselves."""
 
+import time
 import types
 
 import numpy as np
@@ -67,3 +68,21 @@ def check_kill_while_saving(save, path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save()
     assert path.read_bytes() == before
+
+
+def check_error_ends_the_rest(notebook, monkeypatch, run):
+    """run(function, items) on two cores: after an error nothing begins, and nothing runs on behind the cell."""
+    monkeypatch.setattr(notebook.os, "cpu_count", lambda: 2)
+    begun, ended = [], []
+
+    def work(number):
+        begun.append(number)
+        if number == 1:
+            raise KeyError("seed 1")
+        time.sleep(0.2)
+        ended.append(number)
+
+    with pytest.raises(KeyError, match="seed 1"):
+        run(work, range(50))
+    assert len(begun) < 10
+    assert sorted(ended) == sorted(set(begun) - {1})

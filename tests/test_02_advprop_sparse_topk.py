@@ -4,7 +4,6 @@ import copy
 import functools
 import io
 import itertools
-import time
 
 import eagerpy
 import foolbox
@@ -16,6 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 from torch import nn
+
+from tests.checks import check_error_ends_the_rest
 
 EPS = 8 / 255
 
@@ -633,23 +634,12 @@ def test_judging(nb02):
     assert torch.equal(found["clean"], right(x, labels))
 
 
-def test_an_error_ends_what_has_not_begun(nb02, monkeypatch):
-    """Results come in order; after an error nothing begins, and nothing runs on behind the cell."""
-    monkeypatch.setattr(nb02.os, "cpu_count", lambda: 2)
+def test_results_come_in_order(nb02):
     assert nb02.over_cores(lambda x: x**2, range(5), "squares") == [0, 1, 4, 9, 16]
-    begun, ended = [], []
 
-    def work(number):
-        begun.append(number)
-        if number == 1:
-            raise KeyError("seed 1")
-        time.sleep(0.2)
-        ended.append(number)
 
-    with pytest.raises(KeyError, match="seed 1"):
-        nb02.over_cores(work, range(50), "seeds")
-    assert len(begun) < 10
-    assert sorted(ended) == sorted(set(begun) - {1})
+def test_an_error_ends_what_has_not_begun(nb02, monkeypatch):
+    check_error_ends_the_rest(nb02, monkeypatch, lambda work, items: nb02.over_cores(work, items, "seeds"))
 
 
 def test_on_a_gpu_one_runs_after_the_other(nb02, monkeypatch):

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from cloudpickle import register_pickle_by_value, unregister_pickle_by_value
 from torch import nn
+
+from tests.checks import check_error_ends_the_rest
 
 
 @pytest.fixture
@@ -593,21 +594,7 @@ def test_side_by_side(nb05):
 
 
 def test_an_error_ends_what_has_not_begun(nb05, monkeypatch):
-    """And nothing runs on behind the cell."""
-    monkeypatch.setattr(nb05.os, "cpu_count", lambda: 2)
-    begun, ended = [], []
-
-    def work(number):
-        begun.append(number)
-        if number == 1:
-            raise KeyError("seed 1")
-        time.sleep(0.2)
-        ended.append(number)
-
-    with pytest.raises(KeyError, match="seed 1"):
-        nb05.side_by_side(work, range(50))
-    assert len(begun) < 10
-    assert sorted(ended) == sorted(set(begun) - {1})
+    check_error_ends_the_rest(nb05, monkeypatch, nb05.side_by_side)
 
 
 def test_tune_and_train(nb05, rng):
