@@ -247,7 +247,7 @@ def exercises(notebook, path):
 
 @second
 def results_record(notebook, path):
-    """The records of the results, a headline of at most 25 words and one of 20 for the gallery."""
+    """The records of the results, a headline of at most 25 words and one of 20 for the gallery; signs such as ± and % are no words."""
     facts = notebook.metadata.get("cookbook", {})
     records = facts.get("results") or []
     if not records:
@@ -256,7 +256,7 @@ def results_record(notebook, path):
         if set(record) != {"name", "values", "unit", "better", "reference"} or not record["values"]:
             yield f"an incomplete record: {record}"
     for key, most in (("headline", 25), ("gallery", 20)):
-        count = len(facts.get(key, "").split())
+        count = sum(any(map(str.isalnum, word)) for word in facts.get(key, "").split())
         if not 3 <= count <= most:
             yield f"the {key} has {count} words ({most})"
 

@@ -519,6 +519,22 @@ class Bright(nn.Module):
         return torch.stack([-logit, logit], 1)
 
 
+def test_hits_of_all_are_those_of_each_kind_and_strength(nb02):
+    images = torch.rand(2, 3, 5, 3, 8, 8)
+    labels = torch.randint(10, (5,))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    found = nb02.hits_of_all(model, images, labels)
+    each = [[nb02.hits(model, images[n, m], labels) for m in range(3)] for n in range(2)]
+    assert torch.equal(found, torch.stack(list(map(torch.stack, each))))
+
+
+def test_affine_only_stays_in_the_precision_of_its_input(nb02):
+    norm = nb02.AffineOnly(3, True)
+    x = torch.randn(4, 3, 2, 2, dtype=torch.bfloat16)
+    with nb02.routed(norm, "split"):
+        assert norm(x).dtype == torch.bfloat16
+
+
 def test_hits_of_bytes_and_floats(nb02):
     images = torch.tensor([10, 100, 150, 250], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 32, 32)
     labels = torch.tensor([0, 1, 1, 1])
