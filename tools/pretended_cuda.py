@@ -6,8 +6,9 @@
 Afterwards torch.cuda.is_available() is True. A tensor that is made on "cuda" or moved there says that it lies on cuda:0. Mixing it with a
 CPU tensor, reading it as NumPy, indexing a CPU tensor with it, or drawing with a generator of the other device raises as on a GPU. The
 values are real, so that a whole notebook runs; autocast computes on the CPU in the precision asked for, and the loss scaler scales.
+Convolutions round what they multiply to TF32, as newer GPUs than a T4 do unless torch.backends.cudnn.allow_tf32 is off.
 
-What it cannot show: speed, memory, kernels, streams, torch.compile on a GPU. It replaces functions of torch for the rest of the process.
+What it cannot show: products in TF32 on the way back, speed, memory, kernels, streams, torch.compile on a GPU. It replaces functions of torch for the rest of the process.
 """
 
 import torch
@@ -22,6 +23,7 @@ MOVES = {getattr(torch.Tensor, name) for name in ("to", "cuda", "cpu", "copy_", 
 HANDLED = MOVES | {torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.pin_memory}
 PLAIN = {int, float, bool, complex, str, type(None), type(...), torch.dtype, torch.layout, torch.memory_format, torch.Size, type, range}
 TENSORS = {torch.Tensor, torch.nn.Parameter}
+CONVOLUTIONS = {getattr(torch, name) for d in "123" for name in (f"conv{d}d", f"conv_transpose{d}d")}
 cuda_generators = []
 
 
@@ -137,8 +139,19 @@ def on_the_cpu(a):
     return to_cpu(a) if isinstance(a, CudaTensor) else a
 
 
+def rounded_to_tf32(value):
+    """A float32 tensor with eleven significant bits, the slope of which is 1; anything else as it is."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        large = value * (2**13 + 1)
+        return to_cuda(large - (large - value))
+
+
 def call(function, args, kwargs):
     """What a function of torch gives on such tensors. Most calls are plain: no move, no factory, all on one device."""
+    if function in CONVOLUTIONS and isinstance(args[0], CudaTensor) and torch.backends.cudnn.allow_tf32:
+        args = (*map(rounded_to_tf32, args[:2]), *args[2:])
     if function in HANDLED or "device" in kwargs or "generator" in kwargs:
         return call_by_the_rules(function, args, kwargs)
     on_cuda, on_cpu = False, False
