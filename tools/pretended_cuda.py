@@ -8,7 +8,8 @@ CPU tensor, reading it as NumPy, indexing a CPU tensor with it, or drawing with 
 values are real, so that a whole notebook runs; autocast computes on the CPU in the precision asked for, and the loss scaler scales.
 Convolutions round what they multiply to TF32, as newer GPUs than a T4 do unless torch.backends.cudnn.allow_tf32 is off.
 
-What it cannot show: products in TF32 on the way back, speed, memory, kernels, streams, torch.compile on a GPU. It replaces functions of torch for the rest of the process.
+What it cannot show: products in TF32 on the way back, speed, memory, kernels, streams, torch.compile on a GPU. It replaces functions of
+torch for the rest of the process.
 """
 
 import torch
