@@ -250,6 +250,7 @@ def test_precise_statistics_are_plain_means(nb09, momentum):
     norm = nb09.BatchNorm(3, momentum=momentum)
     model = nn.Sequential(nn.Linear(4, 3), norm, nn.Dropout(0.0)).eval()
     norm.running_mean.fill_(99)
+    norm.num_batches_tracked.fill_(7)  # a network that was trained: what it saw then does not count
     batches = torch.randn(5, 8, 4)
     nb09.precise_statistics(model, batches)
     hidden = torch.stack([model[0](batch) for batch in batches])
@@ -315,6 +316,16 @@ def test_halves_of_batch_norm(nb09):
     torch.testing.assert_close(nb09.normalised_by("batch", x), centred / x.std(0, correction=0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(nb09.normalised_by("layer", x), F.layer_norm(x, (4,)))
     assert nb09.normalised_by("none", x) is x
+
+
+def test_a_residual_network_normalises_what_it_added_up(nb09):
+    x, width = torch.rand(6, 3, 32, 32), 128
+    model = nb09.Deep("batch + skip", 4, 0, width)
+    h = x.flatten(1) @ model.first
+    for weights in model.layers:
+        h = h + F.batch_norm(h @ weights, None, None, training=True).relu()
+    expected = F.batch_norm(h, None, None, training=True) @ model.last
+    torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_deep_training_is_sgd(nb09, pictures):
@@ -389,6 +400,29 @@ def test_noise_stands_behind_the_normalisation_in_training_only(nb09):
     assert torch.corrcoef(torch.stack([flat(first)[0], flat(plain(x).detach())[0]]))[0, 1] == pytest.approx(1, abs=1e-4)
     plain(x)
     torch.testing.assert_close(noisy.eval()(x), plain.eval()(x))
+
+
+def test_noise_differs_between_layers_and_seeds(nb09, small):
+    draws = [
+        layer.generator.initial_seed()
+        for seed in (0, 1)
+        for layer in nb09.vgg(nb09.Way("noisy"), small.widths, seed)
+        if isinstance(layer, nb09.NoisyBatchNorm)
+    ]
+    assert len(set(draws)) == len(draws) == 12
+
+
+def test_judged_without_noise_is_the_trained_network_by_precise_statistics(nb09, small, pictures, monkeypatch):
+    way = nb09.Way("noisy", 0.05, batch_size=20)
+    trained = nb09.train(way, small, pictures, 0, 600)[0]
+    judged = []
+    monkeypatch.setitem(nb09.without_noise.__globals__, "accuracy", lambda model, *_: judged.append(model) or 50.0)
+    nb09.without_noise(way, small, pictures, 0, 600)
+    quiet = nb09.vgg(replace(way, norm="batch"), small.widths, 0)
+    quiet.load_state_dict(trained.state_dict())
+    nb09.precise_statistics(quiet, map(nb09.normalised, pictures["train"][0].split(20)))
+    for name, value in quiet.state_dict().items():
+        torch.testing.assert_close(judged[-1].state_dict()[name], value)
 
 
 def test_training_learns_and_repeats(nb09, small, pictures):
@@ -470,6 +504,16 @@ def test_small_batches_judged_four_ways(nb09, small, pictures):
     assert set(found["batch"]) == {"running", "precise", "own batches", "batches of 2"}
     assert set(found["group"]) == {"running"}
     assert all(0 <= value <= 100 for value in itertools.chain(*(values.values() for values in found.values())))
+
+
+def test_the_precise_verdict_is_by_batches_of_training_pictures(nb09, small, pictures, monkeypatch):
+    judged = []
+    monkeypatch.setitem(nb09.judged_four_ways.__globals__, "accuracy", lambda model, *_: judged.append(copy.deepcopy(model)) or 50.0)
+    nb09.judged_four_ways(nb09.Way("batch", 0.05, batch_size=20), small, pictures, 0, 600)
+    running, precise = judged[-2:]
+    nb09.precise_statistics(running, map(nb09.normalised, pictures["train"][0].split(64)))
+    for name, value in running.state_dict().items():
+        torch.testing.assert_close(precise.state_dict()[name], value)
 
 
 def test_memory_kept_for_the_backward_pass(nb09):
