@@ -203,7 +203,8 @@ def long_cell(cell, loop):
     """Complaint about a cell over its limit: a loop that trains, a class, anything else; and about lines over 100 characters."""
     tree = ast.parse(python_of(cell.source))
     has_class = any(isinstance(node, ast.ClassDef) for node in tree.body)
-    limit = loop if "backward()" in cell.source else 45 if has_class else 30
+    trains = "backward()" in cell.source or "def train(" in cell.source
+    limit = loop if trains else 45 if has_class else 30
     if len(lines_of(cell)) > limit and not any(is_import(node) for node in tree.body):
         yield f"a cell of {len(lines_of(cell))} lines ({limit}): {cell.source[:50]!r}"
     for line in cell.source.split("\n"):
