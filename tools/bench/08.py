@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 
 import gymnasium
+import numpy as np
 import torch
 from joblib import Parallel, delayed
 from stable_baselines3 import DQN as PeerDQN
@@ -78,7 +79,7 @@ def peer(width, batch, threads):
     agent.set_logger(configure(None, []))
     for _ in range(2000):
         seen, following = (agent.observation_space.sample()[None] for _ in range(2))
-        agent.replay_buffer.add(seen, following, 0, 0.0, False, [{}])
+        agent.replay_buffer.add(seen, following, np.zeros(1, int), np.zeros(1), np.zeros(1), [{}])
     return rate_of(functools.partial(agent.train, 1, batch), 1)
 
 
