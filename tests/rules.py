@@ -199,6 +199,9 @@ def hand_written_in(cells):
     return [nbformat.from_dict({**cell, "source": bare(cell)}) for cell in chosen]
 
 
+SCOPES = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
 def long_cell(cell, loop):
     """Complaint about a cell over its limit: a loop that trains, a class, anything else; and about lines over 100 characters."""
     tree = ast.parse(python_of(cell.source))
@@ -500,6 +503,25 @@ def self_contained_definitions(notebook, path):
     for name, foreign in foreign_names(notebook).items():
         if foreign:
             yield f"{name} depends on {foreign}"
+
+
+def assigned(node):
+    """Names that statements of a cell assign, but not what a function, class or comprehension in them does."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    if not isinstance(node, (*SCOPES, ast.ClassDef)):
+        for child in ast.iter_child_nodes(node):
+            yield from assigned(child)
+
+
+@rule
+def definitions_kept(notebook, path):
+    """No cell gives the name of a function or class to something else: what calls it later would break, or train something else."""
+    trees = [ast.parse(python_of(cell.source)) for cell in notebook.cells if cell.cell_type == "code"]
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    defined = {node.name for tree in trees for node in tree.body if isinstance(node, definitions)}
+    for name in sorted({name for tree in trees for name in assigned(tree)} & defined):
+        yield f"{name} is a function or class, and a cell assigns something else to it"
 
 
 @rule

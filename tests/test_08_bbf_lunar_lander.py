@@ -626,7 +626,7 @@ def test_dormant_units_and_norms(nb08, small):
 
 def test_a_support_that_is_too_short_is_said(nb08, capsys):
     nb08.check_support([-450.0, 260.0, 0.0, 10.0], 4.0)
-    assert "25.0 % of the returns, from -450 to 260, lie beyond the atoms' 400" in capsys.readouterr().out
+    assert "25.0 % of the episodes' returns, not discounted, from -450 to 260, lie beyond the atoms' 400" in capsys.readouterr().out
 
 
 def test_a_support_that_covers_all_is_quiet(nb08, capsys):
@@ -649,3 +649,17 @@ def test_curves_of_runs_that_have_ended_nothing_are_empty(nb08):
     nb08.draw_curves(axis, {"none": runs}, 100)
     nb08.plt.close(figure)
     assert len(axis.lines[0].get_xdata()) == 0
+
+
+def test_curves_are_drawn_where_they_belong(nb08):
+    """Against thousands of steps, the middle of the runs inside the band of their own intervals."""
+    runs = [{"curve": [(step, value) for step in range(1000, 20_001, 1000)]} for value in (0.0, 10, 20, 30, 40)]
+    figure, axis = nb08.plt.subplots()
+    nb08.draw_curves(axis, {"runs": runs}, 20_000)
+    (line,), (band,) = axis.lines, axis.collections
+    np.testing.assert_allclose(line.get_xdata(), np.arange(1, 21))
+    np.testing.assert_allclose(line.get_ydata(), 20)
+    low, high = nb08.stratified_bootstrap_ci(np.array([[0.0], [10], [20], [30], [40]]), reps=300)
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((low, high))
+    nb08.plt.close(figure)

@@ -162,6 +162,8 @@ BROKEN = [
         "a variable with the name of a comprehension's",
         lambda nb: append(last_code(nb), '\ndef f(runs):\n    """Doc."""\n    return [run for run in runs], run'),
     ),
+    ("definitions_kept", "a function overwritten", lambda nb: append(last_code(nb), "\nshow = 3")),
+    ("definitions_kept", "a function as loop variable", lambda nb: append(last_code(nb), "\nfor show in ():\n    pass")),
     ("sound_code", "a blanket filter", lambda nb: append(last_code(nb), "\nwarnings.filterwarnings('ignore')")),
     ("sound_code", "a swallowed error", lambda nb: append(last_code(nb), "\ntry:\n    f()\nexcept Exception:\n    pass")),
     ("sound_code", "unsafe loading", lambda nb: append(last_code(nb), "\ntorch.load(path)")),
@@ -184,6 +186,12 @@ def test_rule_notices(name, wrong, break_it):
 
 def test_every_rule_is_seen_to_fail():
     assert {name for name, _, _ in BROKEN} == set(RULES)
+
+
+def test_signs_are_no_words_of_the_gallery():
+    notebook = copy.deepcopy(cookbook.read(cookbook.MINIATURE))
+    notebook.metadata.cookbook.update(gallery="62.6 ± " * 20)
+    assert list(RULES["results_record"](notebook, cookbook.MINIATURE)) == []
 
 
 def test_what_is_no_second_statement():
