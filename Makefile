@@ -32,7 +32,7 @@ lab: $(VENV)/run.stamp  ## install JupyterLab and open the notebooks in it
 	@test -x $(BIN)/jupyter-lab || $(PIP) jupyterlab==4.6.6
 	@$(BIN)/jupyter lab --notebook-dir=notebooks
 
-new: $(VENV)/run.stamp  ## NB=09 NAME=batch_normalization: begin a notebook
+new: $(VENV)/run.stamp  ## NB=16 NAME=weight_averaging: begin a notebook
 	@$(BIN)/python -m tools.new --nb $(NB) --name $(NAME)
 
 render: $(VENV)/run.stamp  ## execute notebooks in place, with PRESET=cpu or gpu, and update README and img/

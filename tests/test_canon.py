@@ -1029,3 +1029,24 @@ def test_seconds_in_turns(canon):
     assert 0 <= seconds["a"] < 0.02 <= seconds["b"] < 0.2
     pauses = iter([0.3, 0.0])
     assert canon.seconds_in_turns({"a": lambda: time.sleep(next(pauses))}, 1, "cpu")["a"] < 0.2
+
+
+# --- cores
+
+
+def test_over_cores_keeps_the_order(canon):
+    assert canon.over_cores(lambda n: n * n, range(5), "squares") == [0, 1, 4, 9, 16]
+
+
+def test_over_cores_passes_an_error_on(canon):
+    with pytest.raises(ZeroDivisionError):
+        canon.over_cores(lambda n: 1 / n, [1, 0, 2], "inverses")
+
+
+def test_over_cores_goes_in_turn_on_a_gpu(canon, monkeypatch):
+    """Threads would share the device's streams, and nothing would be faster."""
+    import threading
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    names = canon.over_cores(lambda n: threading.current_thread().name, range(3), "names")
+    assert names == [threading.current_thread().name] * 3

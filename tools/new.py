@@ -1,8 +1,8 @@
-"""Start a notebook from the miniature of the tests: `make new NB=09 NAME=batch_normalization`.
+"""Start a notebook from the miniature of the tests: `make new NB=16 NAME=weight_averaging`.
 
-    python -m tools.new --nb 09 --name batch_normalization
+    python -m tools.new --nb 16 --name weight_averaging
 
-Writes notebooks/09_batch_normalization.ipynb: every section, the canon cells and the small example, without outputs, to be replaced
+Writes notebooks/16_weight_averaging.ipynb: every section, the canon cells and the small example, without outputs, to be replaced
 piece by piece. It runs from the start.
 """
 
