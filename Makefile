@@ -12,7 +12,7 @@ help:  ## list the targets
 	@echo '  NB=07 one notebook · PRESET=smoke|cpu|gpu · SEED=3 · PARAMS="NAME=VALUE ..." further notebook parameters'
 
 $(VENV)/run.stamp: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11, 4) else "Python 3.11.4 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing requirements.txt into $(VENV), once (a few minutes, a few GB)'
 	@$(PIP) -r requirements.txt
