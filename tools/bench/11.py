@@ -1,6 +1,6 @@
 """Notebook 11's channel pruning beside Torch-Pruning's at half of the multiply-adds: `make bench NB=11`.
 
-    python -m tools.bench.11 [--seeds 3] [--epochs 6]
+    python -m tools.bench.11 [--seeds 3] [--epochs 4]
 
 Trains the notebook's network on CIFAR-10, prunes it to half of its multiply-adds, and trains on, for all alike: by our norms (l2 and l1), and by
 Torch-Pruning's own L1 norm of whole groups, with one threshold for the network and with one ratio for all layers, the ratio being the one at
