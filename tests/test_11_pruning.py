@@ -1,6 +1,7 @@
 """Notebook 11: masks against PyTorch's, removal against masked networks and Torch-Pruning's, counts by hand, and the training by hand."""
 
 import copy
+import itertools
 import math
 import operator
 from dataclasses import replace
@@ -600,6 +601,7 @@ def test_fresh_weights_are_hes(nb11):
 def test_recalibrated_norms_have_the_statistics_of_the_pictures(nb11):
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4)).eval()
     model[1].running_mean.fill_(100.0)
+    model[1].num_batches_tracked.fill_(50)
     before = copy.deepcopy(model.state_dict())
     images = torch.randint(256, (2600, 3, 6, 6), generator=generator()).byte()
     found = nb11.recalibrated(model, images[:480])
@@ -854,3 +856,301 @@ def test_the_pipeline_from_end_to_end(nb11, config, small, pictures):
     found = nb11.retrained(lean, (), pictures, config, 0, 10, 0.1)
     assert nb11.count_macs(lean, (3, 16, 16)) <= full // 2
     assert 100 * float(found["right"].float().mean()) > 30  # of ten classes
+
+
+# --- the study
+
+
+def test_layers_that_are_not_followed_are_named(nb11):
+    with pytest.raises(ValueError, match="1 is a GroupNorm"):
+        nb11.channel_groups(nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)))
+
+
+def test_random_scores(nb11, deep):
+    scores = nb11.random_scores(deep, 4)
+    assert {name: len(values) for name, values in scores.items()} == {g.makers[0]: g.channels for g in nb11.prunable_groups(deep)}
+    joined = torch.cat(list(scores.values()))
+    assert joined.unique().numel() == joined.numel()
+    assert 0 <= joined.min() <= joined.max() < 1
+    again = nb11.random_scores(deep, 4)
+    assert all(torch.equal(again[name], values) for name, values in scores.items())
+    assert not torch.equal(nb11.random_scores(deep, 5)["stem"], scores["stem"])
+
+
+def test_shuffled_deals_the_scores_of_each_layer(nb11):
+    scores = {"a": torch.arange(30.0), "b": torch.arange(100.0, 140)}
+    dealt = nb11.shuffled(scores, 1)
+    for name, values in scores.items():
+        assert torch.equal(dealt[name].sort().values, values)
+        assert not torch.equal(dealt[name], values)
+    assert torch.equal(nb11.shuffled(scores, 1)["a"], dealt["a"])
+    assert not torch.equal(nb11.shuffled(scores, 2)["a"], dealt["a"])
+
+
+def test_evenly_gives_ranks(nb11):
+    ranks = nb11.evenly({"a": torch.tensor([100.0, -7.0, 0.3, 0.4]), "b": torch.tensor([2.0, 1.0])})
+    assert ranks["a"].tolist() == [0.875, 0.125, 0.375, 0.625]
+    assert ranks["b"].tolist() == [0.75, 0.25]
+
+
+def test_activation_scores(nb11, deep):
+    """What the readers of each group read, taken with hooks of our own, in another order of the sums."""
+    deep, x = deep.float().eval(), torch.rand(6, 3, 32, 32, generator=generator(2))
+    read = {}
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, output, name=name: read.update({name: inputs[0].detach()}))
+        for name, layer in deep.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    ]
+    deep.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    scores = nb11.activation_scores(deep.train(), x)
+    assert not any(layer._forward_pre_hooks for layer in deep.modules())
+    for group in nb11.prunable_groups(deep):
+        expected = []
+        for name in group.readers:
+            each = np.array([read[name][:, n].abs().numpy().mean() for n in range(group.channels)])
+            expected.append(each / each.mean())
+        np.testing.assert_allclose(scores[group.makers[0]], np.mean(expected, 0), rtol=1e-4)
+
+
+def test_channel_scores(nb11, deep):
+    scores = nb11.channel_scores(deep, torch.rand(2, 3, 32, 32, dtype=torch.double), 3)
+    norm = nb11.maker_scores(deep, nb11.filter_scores)
+    assert len(scores) == 8
+    assert torch.equal(scores["l2 norm"]["stem"], norm["stem"])
+    assert torch.equal(scores["l1 norm"]["stem"], nb11.filter_scores(deep.stem, 1) / nb11.filter_scores(deep.stem, 1).mean())
+    assert torch.equal(scores["geometric median"]["stem"].argsort(), nb11.geometric_median_scores(deep.stem).argsort())
+    for first, second in (("l2 norm", "l2 norm, shuffled in layers"), ("l2 norm, layers alike", "layers alike, shuffled")):
+        for name, values in scores[first].items():
+            assert torch.equal(scores[second][name].sort().values, values.sort().values)
+        assert any(not torch.equal(scores[second][name], values) for name, values in scores[first].items())
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(16, 16), (13, 16), (11, 8), (2, 8)])
+def test_rounded_keeps_multiples(nb11, kept, expected):
+    model = nb11.Network(replace(nb11.Config(), widths=(16, 24), blocks=1, strides=(2, 2, 2)))
+    scores = nb11.maker_scores(model, nb11.filter_scores)
+    changed = nb11.rounded(model, {"stem": list(range(16 - kept))}, scores)
+    assert changed["stem"] == scores["stem"].argsort()[: 16 - expected].tolist()
+    assert all(gone == [] for name, gone in changed.items() if name != "stem")
+    narrow = nb11.Network(replace(nb11.Config(), widths=(4, 24), blocks=1, strides=(2, 2, 2)))
+    assert nb11.rounded(narrow, {}, nb11.maker_scores(narrow, nb11.filter_scores))["stem"] == []  # all, where there are fewer
+
+
+def test_blocks_for_comes_nearest(nb11, deep):
+    full = nb11.count_macs(deep, (3, 32, 32))
+    scores = [3.0, 1.0, 2.0, 0.0, 5.0, 4.0]
+    order = [3, 1, 2, 0, 5, 4]
+    for target in (full, 0.8 * full, 0.5 * full, 0.3 * full):
+        left = [nb11.count_macs(nb11.remove_blocks(deep, order[:n]), (3, 32, 32)) for n in range(6)]
+        best = int(np.argmin(np.abs(np.array(left) - target)))
+        assert nb11.blocks_for(deep, scores, target) == order[:best]
+    assert nb11.blocks_for(deep, scores, full) == []
+
+
+def test_features_and_probes(nb11, deep):
+    deep, x = deep.float(), torch.rand(5, 3, 32, 32)
+    features = nb11.features_by_depth(deep, x)
+    assert len(features) == len(deep.blocks) + 1
+    torch.testing.assert_close(deep.head(features[-1]), deep(x))
+    torch.testing.assert_close(features[0], F.relu(deep.norm(deep.stem((x - 0.47) / 0.25))).mean((2, 3)))
+    labels = torch.randint(3, (60,), generator=generator(1))
+    x = (labels[:, None, None, None] / 3).expand(60, 3, 32, 32) + 0.01 * torch.rand(60, 3, 32, 32)
+    scores = nb11.probe_accuracies(deep, (x[:40], labels[:40]), (x[40:], labels[40:]))
+    assert len(scores) == len(deep.blocks) + 1
+    assert min(scores) > 80  # brightness is easy
+    assert max(nb11.probe_accuracies(deep, (x[:40], labels[:40]), (x[40:], (labels[40:] + 1) % 3))) < 20
+
+
+def test_block_scores(nb11, config, pictures):
+    model = nb11.fresh_weights(nb11.Network(replace(config, blocks=2)), 3)
+    scores = nb11.block_scores(model, pictures)
+    few = [values[:2000] for values in pictures["train"]]
+    sets = [(images.float() / 255, labels) for images, labels in (few, pictures["validation"])]
+    probes = nb11.probe_accuracies(model, *sets)
+    assert scores["probes"] == pytest.approx([after - before for before, after in itertools.pairwise(probes)])
+    judge = lambda network: 100 * float(nb11.rights(network, *pictures["validation"]).float().mean())
+    for n, lost in enumerate(scores["alone"]):
+        without = nb11.recalibrated(nb11.remove_blocks(model, [n]), few[0])
+        assert lost == pytest.approx(judge(model) - judge(without))
+
+
+def test_compared_is_a_t_test_over_pictures(nb11):
+    first, second = (torch.rand(3, 400, generator=generator(n)) < p for n, p in ((1, 0.7), (2, 0.6)))
+    mean, low, high, seeds = nb11.compared(first, second)
+    difference = 100 * (first.double() - second.double()).mean(0).numpy()
+    expected = scipy.stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+    assert (mean, low, high) == pytest.approx((difference.mean(), expected.low, expected.high))
+    assert seeds == 3
+    ups_and_downs = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    assert nb11.compared(*ups_and_downs)[3] == 2
+    assert nb11.compared(*ups_and_downs[::-1])[3] == 2
+
+
+def test_judged(nb11):
+    draws = generator(9)
+    runs = {
+        (name, seed): {"before": 10.0 * seed, "validation": 20.0, "right": torch.rand(50, generator=draws) < p}
+        for name, p in (("ours", 0.8), ("control", 0.3))
+        for seed in (1, 2)
+    }
+    assert torch.equal(nb11.rights_of(runs, "ours", [2, 1])[0], runs["ours", 2]["right"])
+    row = nb11.judged(runs, "ours", "control", [1, 2])
+    assert row["before, %"].startswith("15.0")
+    assert row["test, %"].startswith(f"{100 * nb11.rights_of(runs, 'ours', [1, 2]).float().mean():.1f}")
+    assert row["minus dense, seeds"].startswith("+")
+    assert "minus dense, seeds" not in nb11.judged(runs, "control", "control", [1, 2])
+
+
+def test_shuffled_masks(nb11):
+    masks = [torch.rand(20, 10, generator=generator(1)) < 0.3, torch.rand(5, 4, 3, generator=generator(2)) < 0.8]
+    dealt = nb11.shuffled_masks(masks, 6)
+    for mask, other in zip(masks, dealt, strict=True):
+        assert (mask.shape, int(mask.sum()), mask.dtype) == (other.shape, int(other.sum()), other.dtype)
+        assert not torch.equal(mask, other)
+
+
+def test_ticket_masks(nb11):
+    model = nb11.lenet(1)
+    masks = [torch.ones_like(weight, dtype=torch.bool) for weight in nb11.prunable(model)]
+    masks[0][:, :400] = False  # gone before, whatever their size
+    smaller = nb11.ticket_masks(model, masks)
+    for n, (weight, mask, after) in enumerate(zip(nb11.prunable(model), masks, smaller, strict=True)):
+        assert not (after & ~mask).any()
+        off = mask & ~after
+        assert int(off.sum()) == round((0.1 if n == 2 else 0.2) * int(mask.sum()))
+        assert weight[off].abs().max() <= weight[after].abs().min()
+
+
+def test_lenet(nb11):
+    model = nb11.lenet(3)
+    sizes = [tuple(layer.weight.shape) for layer in model if isinstance(layer, nn.Linear)]
+    assert sizes == [(300, 784), (100, 300), (10, 100)]
+    assert float(model[0].weight.detach().std()) == pytest.approx(math.sqrt(2 / (784 + 300)), rel=0.02)
+    assert not model[0].bias.any()
+    assert torch.equal(model[0].weight, nb11.lenet(3)[0].weight)
+
+
+@pytest.fixture
+def digits():
+    draws, found = generator(4), {}
+    for name, count in (("train", 200), ("test", 100)):
+        labels = torch.randint(10, (count,), generator=draws)
+        found[name] = (torch.rand(count, 784, generator=draws) * 0.1 + F.one_hot(labels, 784), labels)
+    return found
+
+
+def test_train_digits(nb11, digits):
+    begin = nb11.lenet(0)
+    before = copy.deepcopy(begin.state_dict())
+    masks = nb11.magnitude_mask(nb11.prunable(begin), 0.5)
+    model, accuracy = nb11.train_digits(begin, masks, digits, 60, 1)
+    same_state(begin, before)
+    assert accuracy == pytest.approx(100 * float((model(digits["test"][0]).argmax(1) == digits["test"][1]).float().mean()))
+    assert accuracy > 50
+    for weight, mask in zip(nb11.prunable(model), masks, strict=True):
+        assert not weight[~mask].any()
+        assert weight[mask].all()
+    masked, _ = nb11.train_digits(begin, masks, digits, 0, 1)
+    assert all(not weight[~mask].any() for weight, mask in zip(nb11.prunable(masked), masks, strict=True))
+    untrained, _ = nb11.train_digits(begin, (), digits, 0, 1)
+    same_state(untrained, before)
+
+
+def test_lottery(nb11, digits):
+    found = nb11.lottery(digits, 5, 4, 2, 0)
+    assert [row["left"] for row in found] == pytest.approx([100, 64, 41], abs=0.6)
+    begin = nb11.lenet(0)
+    masks = [torch.ones_like(weight, dtype=torch.bool) for weight in nb11.prunable(begin)]
+    for n in range(3):
+        model, accuracy = nb11.train_digits(begin, masks, digits, 5, 0)
+        if n % 2 == 0:
+            row = found[n // 2]
+            fresh = nb11.train_digits(nb11.lenet(100), masks, digits, 5, 0)[1]
+            mixed = nb11.train_digits(begin, nb11.shuffled_masks(masks, 0), digits, 5, 0)[1]
+            assert (row["ticket"], row["fresh"], row["shuffled"]) == (accuracy, fresh, mixed)
+        masks = nb11.ticket_masks(model, masks)
+
+
+def test_zeros_have_no_sign_in_the_zip(nb11):
+    model = nn.Linear(100, 100)
+    model.weight.data.mul_(torch.rand(100, 100) > 0.9)
+    clean = copy.deepcopy(model)
+    clean.weight.data.add_(0.0)
+    assert nb11.count_bytes(model) == nb11.count_bytes(clean)
+
+
+def test_folding_changes_nothing(nb11, deep):
+    x = torch.rand(3, 3, 32, 32, dtype=torch.double)
+    folded = nb11.fuse(copy.deepcopy(deep))
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+    torch.testing.assert_close(folded(x), deep(x), atol=1e-10, rtol=0)
+    shorter = nb11.remove_blocks(deep, [0, 3])
+    torch.testing.assert_close(nb11.fuse(copy.deepcopy(shorter))(x), shorter(x), atol=1e-10, rtol=0)
+
+
+def test_with_weights_and_calls(nb11, small, config):
+    other = nb11.fresh_weights(nb11.Network(config), 9)
+    same_state(nb11.with_weights(small, other.state_dict()), other.state_dict())
+    output = nb11.as_call(small, torch.rand(2, 3, 32, 32))()
+    assert output.shape == (2, 10)
+    assert not output.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_the_sparse_product_is_the_masked_convolution(nb11):
+    layer, x = nn.Conv2d(4, 6, 3, padding=1, bias=False), torch.rand(3, 4, 8, 8)
+    product = nb11.as_product(layer, x, 0.7)()  # (6, 3 * 64), places first
+    (mask,) = nb11.magnitude_mask([layer.weight], 0.7)
+    expected = F.conv2d(x, layer.weight * mask, padding=1)  # (3, 6, 8, 8)
+    columns = F.unfold(x, 3, padding=1).transpose(0, 1)
+    assert product.shape == (6, 3 * 64) == (6, columns.shape[1] * columns.shape[2])
+    torch.testing.assert_close(product.view(6, 3, 8, 8).transpose(0, 1), expected)
+
+
+def test_overlap(nb11, deep):
+    groups = nb11.prunable_groups(deep)
+    first, second = groups[0].makers[0], groups[1].makers[0]
+    one, two = {first: [0, 1], second: [2]}, {first: [1, 2, 3]}
+    assert nb11.removed_of(one, groups) == {(first, 0), (first, 1), (second, 2)}
+    same, chance = nb11.overlap(one, two, groups)
+    assert same == pytest.approx(100 * 1 / 3)
+    assert chance == pytest.approx(100 * (2 * 3 / groups[0].channels) / 3)
+    assert nb11.overlap(one, one, groups)[0] == 100
+
+
+def test_chance_is_what_random_plans_share(nb11, deep):
+    groups = nb11.prunable_groups(deep)
+    draws = generator(8)
+    plan = lambda: {g.makers[0]: torch.randperm(g.channels, generator=draws)[: g.channels // 2].tolist() for g in groups}
+    found = np.array([nb11.overlap(plan(), plan(), groups) for _ in range(300)])
+    assert found[:, 0].mean() == pytest.approx(found[:, 1].mean(), abs=2)
+
+
+def test_corruptions(nb11):
+    x = torch.rand(4, 3, 32, 32, generator=generator(1))
+    found = nb11.corrupted(x, 0)
+    assert list(found) == ["noise", "blur", "low contrast", "dark", "pixels"]
+    for corrupted in found.values():
+        assert corrupted.shape == x.shape
+        assert 0 <= corrupted.min() <= corrupted.max() <= 1
+        assert not torch.allclose(corrupted, x, atol=0.01)
+    torch.testing.assert_close(found["dark"], 0.4 * x)
+    blocks = x.view(4, 3, 16, 2, 16, 2).mean((3, 5))
+    torch.testing.assert_close(found["pixels"], blocks.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    inside = (found["noise"] > 0) & (found["noise"] < 1)
+    assert (found["noise"] - x)[inside].std() == pytest.approx(0.08, rel=0.1)
+    assert torch.equal(nb11.corrupted(x, 0)["noise"], found["noise"])
+    assert not torch.equal(nb11.corrupted(x, 1)["noise"], found["noise"])
+    assert found["blur"].std() < x.std()
+    assert found["low contrast"].std() < 0.6 * x.std()
+
+
+def test_robust(nb11, small):
+    images, labels = torch.randint(256, (40, 3, 32, 32), generator=generator(1)).byte(), torch.arange(40) % 10
+    right = nb11.robust(small, images, labels, 0)
+    assert right.shape == (5, 40)
+    for row, x in zip(right, nb11.corrupted(images.float() / 255, 0).values(), strict=True):
+        assert torch.equal(row, nb11.rights(small, (255 * x).round().byte(), labels))
