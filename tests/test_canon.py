@@ -1050,3 +1050,24 @@ def test_over_cores_goes_in_turn_on_a_gpu(canon, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     names = canon.over_cores(lambda n: threading.current_thread().name, range(3), "names")
     assert names == [threading.current_thread().name] * 3
+
+
+# --- compare
+
+
+def test_compared_is_a_t_test_over_pictures(canon):
+    draws = [torch.Generator().manual_seed(n) for n in (1, 2)]
+    first, second = (torch.rand(3, 400, generator=g) < p for g, p in zip(draws, (0.7, 0.6), strict=True))
+    mean, low, high, seeds = canon.compared(first, second)
+    difference = 100 * (first.double() - second.double()).mean(0).numpy()
+    expected = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+    assert (mean, low, high) == pytest.approx((difference.mean(), expected.low, expected.high))
+    assert seeds == 3
+    assert canon.compared(second, first)[:3] == pytest.approx((-mean, -high, -low))
+
+
+def test_compared_counts_the_seeds_with_the_sign_of_the_mean(canon):
+    ups_and_downs = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    assert canon.compared(*ups_and_downs)[3] == 2
+    assert canon.compared(*ups_and_downs[::-1])[3] == 2
+    assert canon.compared(ups_and_downs[0], ups_and_downs[0]) == (0.0, 0.0, 0.0, 3)
