@@ -977,18 +977,6 @@ def test_block_scores(nb11, config, pictures):
         assert lost == pytest.approx(judge(model) - judge(without))
 
 
-def test_compared_is_a_t_test_over_pictures(nb11):
-    first, second = (torch.rand(3, 400, generator=generator(n)) < p for n, p in ((1, 0.7), (2, 0.6)))
-    mean, low, high, seeds = nb11.compared(first, second)
-    difference = 100 * (first.double() - second.double()).mean(0).numpy()
-    expected = scipy.stats.ttest_1samp(difference, 0).confidence_interval(0.95)
-    assert (mean, low, high) == pytest.approx((difference.mean(), expected.low, expected.high))
-    assert seeds == 3
-    ups_and_downs = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    assert nb11.compared(*ups_and_downs)[3] == 2
-    assert nb11.compared(*ups_and_downs[::-1])[3] == 2
-
-
 def test_judged(nb11):
     draws = generator(9)
     runs = {

@@ -139,9 +139,22 @@ def momentum_iterative(model, x, y, eps, alpha, steps, decay):
     return x_adv
 
 
+class Sharper(nn.Module):
+    """Logits times 30: slopes change their size by orders of magnitude from step to step."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return 30 * self.model(x)
+
+
+@pytest.mark.parametrize("sharp", [False, True])
 @pytest.mark.parametrize("decay", [0.5, 1.0])
-def test_momentum_is_torchattacks(nb13, decay):
+def test_momentum_is_torchattacks(nb13, decay, sharp):
     model = small_model(torch.float64).eval()
+    model = Sharper(model) if sharp else model
     x, y = pictures(9, torch.float64)
     expected = momentum_iterative(model, x, y, EPS, 0.03, 6, decay)
     found = nb13.pgd(model, x, y, EPS, 0.03, 6, random_start=False, momentum=decay)
@@ -611,6 +624,8 @@ def test_network_normalises_inside(nb13, trained):
     photos, network = torch.rand(2, 3, 32, 32, generator=generator(1)), nb13.Network(config)
     torch.testing.assert_close(network(photos), network.layers((photos - 0.5) / 0.2))
     assert network(photos).shape == (2, 10)
+    oblong = nb13.Config(filters=4, shape=(2, 32, 20))
+    assert nb13.Network(oblong)(torch.rand(1, 2, 32, 20)).shape == (1, 10)
 
 
 def test_training_is_the_four_steps(nb13, trained, monkeypatch):
@@ -666,6 +681,14 @@ def test_look_counts_what_is_right(nb13, trained):
     }
     for name, images in attacked.items():
         assert found[name] == pytest.approx(100 * float((model(images).argmax(1) == y).float().mean()))
+
+
+def test_look_attacks_as_hard_as_the_training(nb13, trained, monkeypatch):
+    model, x, y, config = trained
+    seen = []
+    monkeypatch.setitem(nb13.look.__globals__, "pgd", lambda model, x, y, *how, generator: seen.append(how) or x)
+    nb13.look(model, x, y, config)
+    assert seen == [(0.3, 0.075, 3)]
 
 
 def test_right_goes_through_all_parts(nb13, trained):
@@ -768,16 +791,6 @@ def after_part(model, images, y):
     return model(images).argmax(1) == y
 
 
-def test_comparison_is_paired_over_pictures(nb13):
-    first = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0]]).bool()
-    second = torch.tensor([[1, 0, 0, 0], [1, 0, 1, 0]]).bool()
-    differences = np.array([0, 50, 50, 0])
-    half = scipy.stats.t.ppf(0.975, 3) * scipy.stats.sem(differences)
-    assert nb13.compared(first, second) == f"+25.0 [{25 - half:+.1f}, {25 + half:+.1f}], 1"
-    assert nb13.compared(second, first).startswith("-25.0")
-    assert nb13.compared(first, first) == ""
-
-
 def test_best_rate_is_chosen_by_clean_and_robust_accuracy(nb13):
     scores = {0.005: (90, 1), 0.01: (60, 40), 0.02: (50, 49)}
     tried = []
@@ -838,6 +851,35 @@ def test_checklist_tells_the_masked_from_the_plain(nb13, trained):
     assert quantised["PGD"] > quantised["through"] + 20
     saturated, _ = check(mask="saturated")
     assert saturated["margin"] == 0
+
+
+def test_checklist_counts_what_was_right_and_goes_on_with_what_is_left(nb13, trained):
+    model, x, y, config = trained
+    config, answers = replace(config, eps=0.02), model(x).argmax(1)
+    y = torch.where(torch.arange(40) < 30, answers, (answers + 1) % 10)
+    likely = nb13.pgd(model, x, y, 1.0, 0.1, 20, targeted=True, generator=generator(8))
+    moved = {"likely": likely, "as it is": x}
+    found, curve = nb13.checklist(model.state_dict(), config, None, (x, y), moved, 3, 2, 5, (0.01, 0.02))
+    draws, clean = generator(3), answers == y
+
+    def after(alive, eps=0.02, steps=2):
+        left = torch.zeros(40, dtype=torch.bool)
+        x_adv = nb13.pgd(model, x[alive], y[alive], eps, eps / 10, steps, generator=draws)
+        left[alive] = after_part(model, x_adv, y[alive])
+        return left
+
+    left, longer = after(clean), after(clean, steps=8)
+    share = lambda mask: 100 * float(mask.float().mean())
+    assert found["PGD"] == share(left)
+    assert found["4 times the steps"] == share(longer)
+    for _ in range(4):
+        left = after(left)
+    assert 0 < found["5 starts"] == share(left)
+    assert found["5 starts"] < found["PGD"] < found["clean"] == found["as it is"] == 75
+    likely_right = after_part(model, likely, y)
+    assert found["likely"] == share(clean & likely_right) < share(likely_right)
+    nb13.margin_pgd(model, x[clean], y[clean], 0.02, 0.002, 2, draws)  # takes as many draws
+    assert curve == [share(after(clean, size, 1)) for size in (0.01, 0.02)]
 
 
 def test_substitute_learns_from_the_victims_answers(nb13, trained, monkeypatch):
@@ -1020,5 +1062,6 @@ def test_splits_are_disjoint_floats(nb13, monkeypatch):
     assert torch.equal(torch.cat([found["train"][1], found["validation"][1]]), torch.arange(120))
     assert len(set(found["test"][1].tolist())) == 30
     assert found["test"][1].tolist() != list(range(30))
+    assert len(nb13.splits("any", 0, "cpu")["test"][1]) == 0
     for images, labels in found.values():
         torch.testing.assert_close(images.flatten(), labels.float() / 255)
