@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -645,7 +646,7 @@ def test_training_is_the_plain_loop(nb12, how):
     for name, part in average.state_dict().items():
         torch.testing.assert_close(kept["average"][name], part, atol=2e-4, rtol=1e-3)
     assert log["step"] == [4, 8, 12]
-    assert len(log["miss"]) == len(log["seconds"]) == 3
+    assert len(log["miss"]) == 3
     assert log["lost"] == [None]
 
 
@@ -828,6 +829,43 @@ def test_what_a_look_keeps_is_no_view_of_all_that_was_made(nb12):
     shots = nb12.look_at_pictures(classifier, reference, 100, g)["shots"]
     assert shots.shape == (8, 1, 16, 16)
     assert shots.untyped_storage().nbytes() == 4 * shots.numel()
+
+
+def test_pace_is_of_one_step_of_the_generator_without_looks(nb12, monkeypatch):
+    clock = [0.0]
+    seconds_a_step = {0.1: 2.0, 0.2: 5.0}
+
+    def train(way, game, config, seed):
+        assert game.look(None) == {}
+        clock[0] += seconds_a_step[way.rate] * max(1, round(game.steps * way.longer))
+
+    def in_turns(cases, rounds, where):
+        found = {}
+        for name, case in cases.items():
+            before = clock[0]
+            case()
+            found[name] = clock[0] - before
+        return found
+
+    monkeypatch.setitem(nb12.pace_of.__globals__, "train", train)
+    monkeypatch.setitem(nb12.pace_of.__globals__, "seconds_in_turns", in_turns)
+    ways = {"a": nb12.Way("minimax", rate=0.1, longer=0.4), "b": nb12.Way("minimax", rate=0.2)}
+    game = game_of(nb12, copies=1, steps=1000, look=lambda g: {"slow": 1})
+    assert nb12.pace_of(ways, game, None, "cpu") == {"a": 2.0, "b": 5.0}
+
+
+def test_versus_is_paired(nb12):
+    assert nb12.versus([1.0, 2.0], [1.0, 3.0], 1) == "-0.5 [-6.9, +5.9]"  # 12.706 deviations of 0.5
+    assert nb12.versus([1.0, 2.0], [0.5, 1.5]) == "+0.50 [+0.50, +0.50]"
+
+
+def test_sheet_lays_pictures_out_by_rows(nb12):
+    shown = {}
+    axis = SimpleNamespace(imshow=lambda x, **how: shown.update(how, x=x), set_title=lambda text: None, axis=lambda kind: None)
+    x = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 2, 2)
+    nb12.draw_sheet(axis, x, 3, "six")
+    assert shown["x"].tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
+    assert (shown["vmin"], shown["vmax"]) == (-1, 1)
 
 
 def test_tuned_takes_the_least_of_a_quarter_of_the_steps_and_nothing_that_diverged(nb12):
