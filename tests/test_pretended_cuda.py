@@ -35,6 +35,7 @@ WORKS = {
     "pinned memory": "torch.rand(2).pin_memory().to('cuda', non_blocking=True).is_cuda",
     "state dicts": "all(v.is_cuda for v in nn.Linear(2, 2).cuda().state_dict().values())",
     "no_grad and inference": "inferred().is_cuda",
+    "packed sequences": "packed('cpu').is_cuda and torch.allclose(packed('cpu').cpu(), packed('cpu', where='cpu'), atol=1e-6)",
     "memory is asked for": "torch.cuda.max_memory_allocated() >= torch.cuda.memory_allocated() >= 0",
 }
 RAISES = {
@@ -51,6 +52,8 @@ RAISES = {
     "a generator of the CPU": ("torch.randn(3, generator=torch.Generator(), device='cuda')", "device type for generator"),
     "a generator of the GPU": ("torch.randn(3, generator=torch.Generator('cuda'))", "device type for generator"),
     "a shuffle by a generator of the GPU": ("torch.randperm(3, generator=torch.Generator('cuda'))", "device type for generator"),
+    "lengths on the GPU": ("packed('cuda')", "on CPU"),
+    "a packed input on the CPU": ("packed('cpu', x=torch.ones(2, 3, 4))", "same device"),
     "a buffer left behind": ("left_behind()(x)", "same device"),
 }
 SCRIPT = """
@@ -93,6 +96,13 @@ def gradient():
     layer = nn.Linear(2, 2).cuda()
     layer(x).sum().backward()
     return layer.weight.grad
+
+def packed(lengths_on, x=None, where="cuda"):
+    torch.manual_seed(0)
+    encoder = nn.GRU(4, 5, batch_first=True).to(where)
+    x = torch.ones(2, 3, 4, device=where) if x is None else x
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([1, 3], device=lengths_on), True, False)
+    return nn.utils.rnn.pad_packed_sequence(encoder(packed)[0], True)[0]
 
 def inferred():
     with torch.no_grad(), torch.inference_mode():

@@ -24,6 +24,8 @@ MOVES = {getattr(torch.Tensor, name) for name in ("to", "cuda", "cpu", "copy_", 
 HANDLED = MOVES | {torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.pin_memory}
 PLAIN = {int, float, bool, complex, str, type(None), type(...), torch.dtype, torch.layout, torch.memory_format, torch.Size, type, range}
 TENSORS = {torch.Tensor, torch.nn.Parameter}
+PACKING = {"_pack_padded_sequence", "_pad_packed_sequence"}  # lengths lie on the CPU, before and after
+PACKED = PACKING | {"gru", "lstm", "rnn_tanh", "rnn_relu"}
 CONVOLUTIONS = {getattr(torch, name) for d in "123" for name in (f"conv{d}d", f"conv_transpose{d}d")}
 cuda_generators = []
 
@@ -111,7 +113,8 @@ def check_devices(function, args, kwargs):
         if index and isinstance(value, torch.Tensor) and not isinstance(value, CudaTensor) and value.dim():
             raise RuntimeError("a value on cpu cannot be put into a tensor on cuda:0 by a tensor of indices")
         return True
-    foreign = [tuple(t.shape) for t in tensors if not isinstance(t, CudaTensor) and t.dim()]
+    lengths = {torch.int64} if name in PACKED else {}
+    foreign = [tuple(t.shape) for t in tensors if not isinstance(t, CudaTensor) and t.dim() and t.dtype not in lengths]
     if foreign:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu! ({name}; on cpu: {foreign})")
     return True
@@ -209,6 +212,8 @@ def call_by_the_rules(function, args, kwargs):
         where = isinstance(args[0], CudaTensor)
     if not isinstance(result, torch.Tensor) and not (isinstance(result, (list, tuple, dict)) and tensors_in([result], [])):
         return result
+    if on_cuda and getattr(function, "__name__", "") in PACKING:
+        return to_cuda(result[0]), result[1]
     if where if where is not None else on_cuda:
         return to_cuda(result) if isinstance(result, torch.Tensor) else tree_map(to_cuda, result)
     return to_cpu(result) if isinstance(result, CudaTensor) else result
@@ -298,4 +303,5 @@ def install(capability=(7, 5)):
     torch.save = lambda value, *args, **kwargs: save(without_cuda(value), *args, **kwargs)
     torch.load = load_on
     torch.nn.Module._apply = apply_to_module
+    torch.nn.RNNBase.flatten_parameters = lambda self: None  # lays the weights out for cuDNN
     Watch().__enter__()
