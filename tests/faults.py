@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import torch
 
 from tools import cookbook
 from tools.lift import lift
@@ -61,12 +60,6 @@ def arguments_01(notebook):
     return notebook.Pictures({"train": part(120), "test": part(20)}), 3
 
 
-def arguments_03(notebook):
-    """A text, the seed, the score."""
-    text = notebook.Text(SENTENCE * 60)
-    return text, 3, lambda model: notebook.text_loss(model, text.validation, 16)
-
-
 def arguments_07(notebook):
     """A text, the seed."""
     return notebook.make_corpus(SENTENCE * 60), 3
@@ -84,25 +77,6 @@ def identities_01(notebook, run, data, seed):
         ("course", "data", True, 1.0, 50, 2, 3),
         ("course", "data", False, 1.0, 50, 2, 3),
         ("course", "data", True, 1.0, 50, 3, 3),
-    ]
-
-
-def identities_03(notebook, run, data, seed, score):
-    """By data, settings, seed and points of the log."""
-    others = (
-        notebook.Text("another text " * 9),
-        notebook.Recall((8,), (2,)),
-        notebook.Recall((8, 9), (2,)),
-        notebook.Recurrence(),
-        notebook.Recurrence(p=0.2),
-    )
-    cpu = torch.device("cpu")
-    return [
-        (data, run, seed, 10, cpu),
-        *((other, run, seed, 10, cpu) for other in others),
-        (data, replace(run, initial=0.8), seed, 10, cpu),
-        (data, run, seed + 1, 10, cpu),
-        (data, run, seed, 20, cpu),
     ]
 
 
@@ -128,14 +102,6 @@ TRAININGS = (
         identities=identities_01,
         reports_all=True,
         seconds_add_up=True,
-    ),
-    Training(
-        number="03",
-        settings={**SMALL, "n_head": 4},
-        arguments=arguments_03,
-        columns=("step", "loss", "score", "lambda"),
-        misfits=({"kind": "ordinary"},),
-        identities=identities_03,
     ),
     Training(
         number="07",

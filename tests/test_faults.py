@@ -21,13 +21,12 @@ from tools import cookbook
 FULL_TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
 
-@pytest.fixture(params=["nb03", "nb07"])
-def shakespeare(request, monkeypatch):
-    """A notebook on Shakespeare with a short text in the place of tiny-shakespeare, and its sha256."""
-    notebook = request.getfixturevalue(request.param)
-    monkeypatch.setitem(notebook.TEXT_SHA256, "tinyshakespeare.txt", hashlib.sha256(FULL_TEXT).hexdigest())
-    monkeypatch.setitem(notebook.TEXT_SHA256, "shakespeare.txt", hashlib.sha256(FULL_TEXT.upper()).hexdigest())
-    return notebook
+@pytest.fixture
+def shakespeare(nb07, monkeypatch):
+    """Notebook 07 with a short text in the place of tiny-shakespeare, and its sha256."""
+    monkeypatch.setitem(nb07.TEXT_SHA256, "tinyshakespeare.txt", hashlib.sha256(FULL_TEXT).hexdigest())
+    monkeypatch.setitem(nb07.TEXT_SHA256, "shakespeare.txt", hashlib.sha256(FULL_TEXT.upper()).hexdigest())
+    return nb07
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def web():
         yield url
 
 
-# --- the text of notebooks 03 and 07
+# --- the text of notebook 07
 
 
 def test_mirrors_are_tried_in_order_and_checked(shakespeare, web, tmp_path, capsys):
@@ -96,7 +95,7 @@ def test_a_truncated_text_is_named(shakespeare, tmp_path, monkeypatch, name):
         shakespeare.load_text(tmp_path, "cpu")
 
 
-# --- interrupted trainings of notebooks 01, 03 and 07
+# --- interrupted trainings of notebooks 01 and 07
 
 NOT_OF_THIS_MODEL = r"run.pt is damaged or not of this model: delete it"
 
@@ -130,10 +129,8 @@ def interrupt_at(step):
 
 
 METHODS = (("explicit", "nesterov"), ("exact", "nesterov"), ("cg", "adam"), ("explicit", "muon"))
-KINDS = ("ordinary", "differential", "v2")
 VARIANTS = [  # (notebook, changes to its Run, options of train)
     *(("01", {"method": method, "optimizer": name, "learning_rate": 0.02}, {}) for method, name in METHODS),
-    *(("03", {"kind": kind}, {"dtype": dtype}) for kind in KINDS for dtype in (None, torch.float16)),
     *(("07", {}, {"dtype": dtype}) for dtype in (None, torch.float16)),
 ]
 

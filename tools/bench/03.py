@@ -1,18 +1,18 @@
 """Speed and memory of notebook 03 on this machine: `make bench NB=03`.
 
-    python -m tools.bench.03 [--sweep [TASK ...]]
+    python -m tools.bench.03 [--steps 40]
 
-Prints time and peak memory of attention, forward and backward, in three forms (explicit, fused, ordinary) at the notebook's lengths;
-a module's forward and backward beside that of transformers' DiffLlama; and the training step of each kind. --sweep trains ordinary and
-differential attention at several learning rates instead: what `learning_rate` in the notebook was chosen by.
+Prints time and peak memory of attention, forward and backward, in four forms (explicit, padded, split, ordinary), and the kernels that
+PyTorch chose; a module's forward and backward beside that of transformers' DiffLlama; and the training step of each kind. Learning rates are
+tuned in the notebook itself, by validation text and a seed that it does not report, so there is no sweep here.
 """
 
+import argparse
 import functools
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import DiffLlamaConfig
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention, DiffLlamaRotaryEmbedding
 
@@ -20,20 +20,28 @@ from tools import cookbook, lift
 
 NB = lift.lift(cookbook.find("03")[0])
 MEASURE = lift.block("measure")
-CONFIG = NB.PRESETS["cpu"]
-DATA = Path(os.environ.get("COOKBOOK_DATA", cookbook.ROOT / "data"))
-RATES = {"recurrence": (1e-3, 2e-3, 4e-3), "recall": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), "text": (1e-3, 2e-3, 4e-3)}
+LENGTHS = (128, 256, 512, 1024, 2048)
+PREFIX = "aten::_scaled_dot_product_"
+
+
+def kernel_of(case):
+    """Name of the attention kernel that PyTorch chose for a case."""
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        case()
+    keys = {event.key for event in profiler.key_averages() if event.key.startswith(PREFIX)}
+    return ", ".join(sorted(key.removeprefix(PREFIX) for key in keys if "backward" not in key)) or "none fused"
 
 
 def bench_attention():
-    """The three forms at the notebook's lengths."""
-    for length in CONFIG.lengths:
+    """The four forms at all lengths."""
+    print("kernels:", {name: kernel_of(case) for name, case in NB.speed_cases(128, "cpu").items()})
+    for length in LENGTHS:
         cases = NB.speed_cases(length, "cpu")
         seconds = MEASURE.seconds_in_turns(cases, 7, "cpu")
         peak = {name: MEASURE.peak_memory(case, "cpu") for name, case in cases.items()}
         each = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms {peak[name] / 2**20:.1f} MiB" for name in cases)
-        print(f"{length:5} tokens: {each}; explicit / fused {seconds['explicit'] / seconds['fused']:.2f} in time,", end=" ")
-        print(f"{peak['explicit'] / peak['fused']:.1f} in memory; fused / ordinary {seconds['fused'] / seconds['ordinary']:.2f} in time")
+        print(f"{length:5} tokens: {each}; explicit / padded {seconds['explicit'] / seconds['fused']:.2f} in time,", end=" ")
+        print(f"{peak['explicit'] / peak['fused']:.1f} in memory; split / padded {seconds['split'] / seconds['fused']:.2f} in time")
 
 
 def peer_case(length, width=256, pairs=4):
@@ -54,7 +62,7 @@ def our_case(length, width=256, pairs=4):
 
 def bench_module():
     """The notebook's module beside that of transformers."""
-    for length in CONFIG.lengths:
+    for length in LENGTHS:
         cases = {"notebook 03": our_case(length), "transformers' DiffLlama": peer_case(length)}
         ours, theirs = MEASURE.seconds_in_turns(cases, 7, "cpu").values()
         peaks = [MEASURE.peak_memory(case, "cpu") / 2**20 for case in cases.values()]
@@ -62,52 +70,26 @@ def bench_module():
         print(f"transformers {1e3 * theirs:.1f} ms {peaks[1]:.1f} MiB: {theirs / ours:.2f} times as fast")
 
 
-def bench_training(data):
-    """Trainings of 40 steps of each kind, by the step."""
-    runs = {kind: replace(CONFIG.text, **changes, steps=40) for kind, changes in NB.KINDS.items()}
-    train = functools.partial(NB.train, data=data, seed=0, score=lambda model: 0.0, eval_every=40)
+def bench_training(data, steps):
+    """Trainings of each kind, by the step."""
+    runs = {kind: replace(NB.Run(), kind=kind, steps=steps) for kind in NB.KINDS}
+    train = functools.partial(NB.train, data=data, seed=0, score=lambda model: 0.0, eval_every=steps)
     cases = {kind: functools.partial(train, run) for kind, run in runs.items()}
     seconds = MEASURE.seconds_in_turns(cases, 5, "cpu")
     for kind, value in seconds.items():
         times = value / seconds["ordinary"]
-        print(f"training step, {kind:12} {1e3 * value / 40:5.1f} ms, {times:.2f} times ordinary attention's")
-
-
-def task(name, data):
-    """(run, data, score) of one of the notebook's tasks; the score is that by which a rate is chosen."""
-    draws = torch.Generator().manual_seed(NB.TEST_SEED)
-    if name == "recurrence":
-        data = NB.Recurrence()
-        tests = data.batch(replace(CONFIG.recurrence, batch_size=CONFIG.tests), draws)
-        return CONFIG.recurrence, data, lambda model: NB.correct(model, *tests).mean().item()
-    if name == "recall":
-        data = NB.Recall(CONFIG.recall_lengths, CONFIG.recall_records)
-        length = CONFIG.test_lengths[-1]
-        tests = NB.recall_tests(data, max(data.records), length, CONFIG.tests)[:2]
-        return CONFIG.recall, data, lambda model: NB.correct(model, *tests).mean().item()
-    return CONFIG.text, data, lambda model: NB.text_loss(model, data.validation, model.run.context)
-
-
-def sweep(names, data):
-    """Final score of one seed for both kinds at several learning rates."""
-    for name in names:
-        run, examples, score = task(name, data)
-        for rate in RATES[name]:
-            for kind in ("ordinary", "differential"):
-                last = replace(run, kind=kind, learning_rate=rate)
-                log = NB.train(last, examples, 0, score, eval_every=run.steps)[1]
-                print(f"{name:10} {kind:12} learning rate {rate}: {log['score'][-1]:.4f}, {log['seconds'][-1]:.0f} s", flush=True)
+        print(f"training step, {kind:12} {1e3 * value / steps:5.1f} ms, {times:.2f} times ordinary attention's")
 
 
 def main():
-    tasks = cookbook.swept(__doc__, RATES, "half an hour")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="of a training that is timed (default 40)")
+    steps = parser.parse_args().steps
     torch.manual_seed(0)
-    data = NB.Text(NB.load_text(DATA, "smoke" if tasks is None else "cpu"))
-    if tasks is not None:
-        return sweep(tasks, data)
+    torch.set_num_threads(1)  # as in the notebook
     bench_attention()
     bench_module()
-    bench_training(data)
+    bench_training(NB.Corpus(NB.load_text()), steps)
 
 
 if __name__ == "__main__":
