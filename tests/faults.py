@@ -17,8 +17,6 @@ import numpy as np
 from tools import cookbook
 from tools.lift import lift
 
-SENTENCE = "to be, or not to be: that is the question. "
-
 
 @dataclass(frozen=True)
 class Training:
@@ -60,11 +58,6 @@ def arguments_01(notebook):
     return notebook.Pictures({"train": part(120), "test": part(20)}), 3
 
 
-def arguments_07(notebook):
-    """A text, the seed."""
-    return notebook.make_corpus(SENTENCE * 60), 3
-
-
 def identities_01(notebook, run, data, seed):
     """By data, settings, seed, points of the log; those of courses by each of their settings."""
     return [
@@ -80,18 +73,6 @@ def identities_01(notebook, run, data, seed):
     ]
 
 
-def identities_07(notebook, run, corpus, seed):
-    """By text, settings, seed and points of the log."""
-    return [
-        (run, corpus, seed, 10),
-        (run, notebook.make_corpus("another text " * 60), seed, 10),
-        (replace(run, dropout=0.0), corpus, seed, 10),
-        (run, corpus, seed + 1, 10),
-        (run, corpus, seed, 20),
-    ]
-
-
-SMALL = {"n_layer": 2, "d_model": 16, "context": 16, "batch_size": 4, "steps": 40, "warmup": 5}  # a Transformer
 TRAININGS = (
     Training(
         number="01",
@@ -102,14 +83,6 @@ TRAININGS = (
         identities=identities_01,
         reports_all=True,
         seconds_add_up=True,
-    ),
-    Training(
-        number="07",
-        settings={**SMALL, "n_head": 2, "dropout": 0.2},
-        arguments=arguments_07,
-        columns=("step", "train", "validation"),
-        misfits=({"position": "learned"},),
-        identities=identities_07,
     ),
 )
 

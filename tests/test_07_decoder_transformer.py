@@ -1,7 +1,10 @@
 """Notebook 07 against independent implementations: transformers, NLTK, SciPy, closed forms and plain loops."""
 
+import hashlib
+import inspect
 import itertools
 import math
+import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -10,11 +13,10 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-from tests.checks import check_amp_dtype, check_no_leak, check_statistics
+from tests.checks import check_amp_dtype, check_no_leak
 
 V = 11
 
@@ -87,6 +89,7 @@ def test_rope_types_strides_and_gradients(nb07):
         x = torch.randn(1, 2, 6, 8).to(dtype)
         rotated = nb07.apply_rope(x, positions)
         assert rotated.dtype == dtype
+        assert torch.equal(rotated, nb07.apply_rope(x.float(), positions).to(dtype))  # one rounding, at the end
         torch.testing.assert_close(rotated.double(), nb07.apply_rope(x.double(), positions), rtol=0, atol=tolerance)
     wide = torch.randn(6, 2, 1, 9, dtype=torch.float64)[..., 1:].transpose(0, 2)  # odd offset, odd strides
     torch.testing.assert_close(nb07.apply_rope(wide, positions), nb07.apply_rope(wide.contiguous(), positions))
@@ -169,6 +172,18 @@ def test_swiglu_against_transformers(nb07):
         getattr(theirs, name).weight.data = weight.data
     x = torch.randn(3, 48)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_hidden_units(nb07):
+    """Today's block with 341 units has as many parameters as GPT-2's, to one in a thousand."""
+    assert [nb07.SwiGLU(128, 341).gate.out_features, nb07.SwiGLU(128, 341).out.in_features] == [341, 341]
+    assert [nb07.GELUNetwork(16, 40).up.out_features, nb07.GELUNetwork(16, 40).out.in_features] == [40, 40]
+    assert nb07.GELUNetwork(16).up.out_features == 64
+    run = nb07.Run(n_layer=1, n_head=4, d_model=128, context=8, **nb07.OTHER_ARMS["today's block, 341 units"])
+    count = lambda **changes: sum(p.numel() for p in nb07.Transformer(replace(run, **changes), V).parameters())
+    assert count() == pytest.approx(count(block="gpt2", hidden=0), rel=1e-3)
+    assert count() - count(hidden=0) == 3 * 128 * (341 - 256)
+    assert nb07.Block(replace(run, block="gpt2", hidden=40)).network.up.out_features == 40
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(8, 128), (128, 256), (192, 512), (384, 1024)])
@@ -285,6 +300,32 @@ def test_initialisation(nb07):
         assert loss.item() == pytest.approx(math.log(65), abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("init", "scale", "deviation"),
+    [("fan_in", 128**0.5, 128**-0.5), ("matrices", 1, 128**-0.5), ("factor", 128**0.5, 0.02), ("nanogpt", 1, 0.02)],
+)
+def test_initialisations_and_their_halves(nb07, init, scale, deviation):
+    run = nb07.Run(n_layer=8, n_head=4, d_model=128, context=64, block="gpt2", position="learned", init=init)
+    model = nb07.Transformer(run, 65)
+    assert model.scale == pytest.approx(scale)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.position.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[5].attention.qkv.weight.std().item() == pytest.approx(deviation, rel=0.05)
+    into_stream = 0.02 if deviation == 0.02 else 512**-0.5
+    assert model.blocks[5].network.out.weight.std().item() == pytest.approx(into_stream / 4, rel=0.05)
+
+
+def test_the_factor_multiplies_embedding_and_positions(nb07, small):
+    """With blocks that add nothing the logits are those of the scaled sum of both."""
+    model = model_of(nb07, small, position="learned", init="factor", block="gpt2")
+    for block in model.blocks:
+        block.attention.out.weight.data.zero_()
+        block.network.out.weight.data.zero_()
+    tokens = torch.randint(V, (2, 12))
+    x = 4.0 * (model.embedding.weight[tokens] + model.position)
+    torch.testing.assert_close(model(tokens), F.layer_norm(x, (16,), model.norm.weight) @ model.embedding.weight.T)
+
+
 def test_weights_are_tied(nb07, small):
     model = nb07.Transformer(small, V)
     per_layer = 4 * 16 * 16 + 3 * 16 * 128 + 2 * 16
@@ -327,6 +368,8 @@ def test_extended_takes_longer_inputs(nb07, small):
         torch.testing.assert_close(longer(tokens)[:, :12], model(tokens[:, :12]))
         assert model.context == 12
         assert longer(tokens).shape == (1, 20, V)
+    wide = nb07.extended(nb07.Transformer(nb07.Run(n_layer=1, position="learned", d_model=64, context=8), V), 400)
+    assert wide.position[8:].std().item() == pytest.approx(0.02, rel=0.03)  # as at initialisation
 
 
 # --- data
@@ -345,8 +388,15 @@ def test_vocabulary(nb07):
 def test_corpus_is_split_without_overlap(nb07):
     text = "".join(chr(33 + i % 90) for i in range(1000))
     corpus = nb07.make_corpus(text)
-    assert corpus.vocabulary.decode(corpus.train) + corpus.vocabulary.decode(corpus.validation) == text
-    assert len(corpus.train) == 900
+    assert "".join(map(corpus.vocabulary.decode, corpus[:3])) == text
+    assert [len(part) for part in corpus[:3]] == [900, 50, 50]
+
+
+def test_a_text_that_is_too_short_is_named(nb07):
+    text = "to be or not " * 100  # 1,300 characters, 65 in each held-out part
+    nb07.make_corpus(text, least=65)
+    with pytest.raises(ValueError, match=r"too short: 1,320 characters are wanted"):
+        nb07.make_corpus(text, least=66)
 
 
 def test_ngram_loss_against_a_dictionary(nb07):
@@ -414,21 +464,12 @@ def test_loss_by_position_against_a_loop(nb07, small):
 
 
 def test_training_learns(nb07, small, corpus):
-    curves = []
     run = replace(small, steps=200, learning_rate=1e-2)
-    model, log = nb07.train(run, corpus, seed=0, eval_every=50, report=lambda *point: curves.append(point))
+    model, log = nb07.train(run, corpus, seed=0, eval_every=50)
     assert log["step"] == [50, 100, 150, 200]
     assert log["train"][-1] < 0.5 * math.log(len(corpus.vocabulary))
     assert log["validation"][-1] < 0.5 * math.log(len(corpus.vocabulary))
-    assert curves[0] == ("train", log["train"][0], 50)
-    assert len(curves) == 8
-    assert nb07.tokens_per_second(run, log) > 0
     assert not model.training
-
-
-def test_tokens_per_second(nb07, small):
-    log = {"step": [10, 20, 30, 35], "seconds": [100.0, 2.0, 1.0, 1.0]}  # the first stretch holds the compilation
-    assert nb07.tokens_per_second(small, log) == pytest.approx(5 * 4 * 12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -476,7 +517,7 @@ def test_gradients_are_clipped(nb07, small, corpus, monkeypatch):
 
 
 def test_divergence_is_named(nb07, small, corpus):
-    with pytest.raises(RuntimeError, match=r"diverged before step 2.*lower learning_rate"):
+    with pytest.raises(RuntimeError, match=r"diverged by step 2.*lower the rate"):
         nb07.train(replace(small, steps=2, warmup=0, learning_rate=float("inf")), corpus, seed=0)
 
 
@@ -484,14 +525,6 @@ def test_seeds_make_runs(nb07, small, corpus):
     a, b, c = (nb07.train(replace(small, steps=5), corpus, seed)[0].embedding.weight for seed in (0, 0, 1))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-
-
-def test_checkpoint_path_is_of_one_run(nb07, small, corpus, monkeypatch):
-    paths = {nb07.checkpoint_path("c", run, corpus, seed, 10) for run in (small, replace(small, steps=31)) for seed in (0, 1)}
-    assert len(paths) == 4
-    assert nb07.checkpoint_path("c", small, corpus, 0, 10) in paths
-    monkeypatch.setattr(nb07, "amp_dtype", lambda device: torch.float16)  # another GPU has another scaler state
-    assert nb07.checkpoint_path("c", small, corpus, 0, 10) not in paths
 
 
 # --- sampling
@@ -659,12 +692,26 @@ def random_texts(count, generator, vocabulary=8):
     return [[f"w{generator.integers(vocabulary)}" for _ in range(generator.integers(3, 25))] for _ in range(count)]
 
 
-def test_self_bleu_against_nltk(nb07):
+def bleu(references, text):
+    """BLEU-4 by its definition, with smoothing method 1."""
+    log_precision = 0.0
+    for n in range(1, 5):
+        grams = lambda tokens, n=n: Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+        counts = grams(text)
+        top = {gram: max(grams(reference)[gram] for reference in references) for gram in counts}
+        matches = sum(min(count, top[gram]) for gram, count in counts.items())
+        if n == 1 and not matches:
+            return 0.0
+        log_precision += math.log((matches or 0.1) / max(1, sum(counts.values()))) / 4
+    closest = min((abs(len(reference) - len(text)), len(reference)) for reference in references)[1]
+    return math.exp(log_precision + min(0, 1 - closest / len(text)))
+
+
+def test_self_bleu_against_its_definition(nb07):
     generator = np.random.default_rng(0)
-    smooth = SmoothingFunction().method1
     for vocabulary in (2, 6, 40):
         texts = random_texts(9, generator, vocabulary)
-        expected = np.mean([sentence_bleu(texts[:i] + texts[i + 1 :], t, smoothing_function=smooth) for i, t in enumerate(texts)])
+        expected = np.mean([bleu(texts[:i] + texts[i + 1 :], t) for i, t in enumerate(texts)])
         assert nb07.self_bleu(texts) == pytest.approx(expected)
     assert nb07.self_bleu([["a", "b", "c", "d", "e"]] * 3) == pytest.approx(1.0)
     assert nb07.self_bleu([["a"] * 6, ["b"] * 6]) == 0.0
@@ -731,20 +778,471 @@ def test_excerpts(nb07):
         nb07.excerpts(torch.arange(505), 51, 10, seed=1)
 
 
-def test_tables(nb07):
-    check_statistics(nb07)
+def test_nanogpts_recipe_is_kept(nb07):
+    assert nb07.OTHER_ARMS["nanoGPT"] == {"block": "gpt2", "position": "learned", "init": "nanogpt", "learning_rate": 1e-3}
+    assert nb07.RATES[0] == 1e-3
+    for name in ("GPT-2's block, matrices only", "GPT-2's block, factor only"):
+        changes = nb07.OTHER_ARMS[name]
+        assert (changes["block"], changes["position"]) == ("gpt2", "learned")
+        assert changes["init"] in name
 
 
-def test_presets_keep_the_yardsticks(nb07):
-    """The budgets that nanoGPT's README states its losses for."""
-    for preset in ("cpu", "gpu"):
-        run = nb07.PRESETS[preset].compare
-        assert (run.n_layer, run.n_head, run.d_model, run.context, run.batch_size, run.steps, run.dropout) == (4, 4, 128, 64, 12, 2000, 0)
-    run = nb07.PRESETS["gpu"].long
-    assert (run.n_layer, run.n_head, run.d_model, run.context, run.batch_size, run.steps, run.dropout) == (6, 6, 384, 256, 64, 2500, 0.2)
-    assert nb07.RECIPES["nanoGPT"] == {"block": "gpt2", "position": "learned", "init": "nanogpt", "learning_rate": 1e-3}
-    assert all(nb07.PRESETS[preset].seeds >= 3 for preset in ("cpu", "gpu"))
+@pytest.mark.parametrize(("preset", "steps"), [("cpu", None), ("gpu", 2000)])
+def test_a_twentieth_of_the_steps_is_warm_up(nb07, preset, steps):
+    """The comment in Run says so; nanoGPT's 100 of 2,000."""
+    lines = inspect.getsource(nb07.Run).splitlines()
+    chosen = {name: next(line for line in lines if f" {name}: " in line) for name in ("steps", "warmup")}
+    value = {name: int(re.search(rf"{preset}=(\d+)", line)[1]) for name, line in chosen.items()}
+    assert value["warmup"] == pytest.approx(value["steps"] / 20, abs=0.51)
+    assert steps in (None, value["steps"])
 
 
 def test_amp_dtype(nb07, monkeypatch):
     check_amp_dtype(nb07, monkeypatch)
+
+
+# --- counting
+
+
+def textbook_kneser_ney(train, order, size, discount=0.75):
+    """p(token | history) by the recursion with dictionaries, as in Chen and Goodman."""
+    grams = {n: Counter(tuple(train[i : i + n]) for i in range(len(train) - n + 1)) for n in range(1, order + 1)}
+    before = {n: Counter(gram[1:] for gram in grams[n + 1]) for n in range(1, order)}  # different tokens before a run
+
+    def p(history, token):
+        n = len(history) + 1
+        table = grams[n] if n == order else before[n]
+        after = {gram[-1]: count for gram, count in table.items() if gram[:-1] == history}
+        lower = p(history[1:], token) if n > 1 else 1 / size
+        total = sum(after.values())
+        if not total:
+            return lower
+        return (max(after.get(token, 0) - discount, 0) + discount * len(after) * lower) / total
+
+    return p
+
+
+@pytest.mark.parametrize(("order", "discount"), [(1, 0.75), (2, 0.75), (3, 0.5), (4, 0.9)])
+def test_kneser_ney_against_the_recursion(nb07, order, discount):
+    train, test = torch.randint(5, (400,)), torch.randint(6, (60,))  # token 5 is in no training text
+    p = textbook_kneser_ney(train.tolist(), order, 6, discount)
+    history = test.tolist()
+    expected = [p(tuple(history[i - order + 1 : i]), history[i]) for i in range(order - 1, 60)]
+    found = nb07.KneserNey(train, order, 6, discount).probabilities(test)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_kneser_ney_against_nltk(nb07):
+    """NLTK's recursion, with our lowest level in place of its own, which gives unseen tokens nothing."""
+    from nltk.lm.models import InterpolatedLanguageModel
+    from nltk.lm.smoothing import KneserNey
+    from nltk.util import everygrams
+
+    text = list("the cat sat on the mat and the rat sat on the cat that ate the bat")
+    alphabet = sorted(set(text))
+    ours = nb07.KneserNey(torch.tensor([alphabet.index(c) for c in text]), 3, len(alphabet))
+    lowest = nb07.KneserNey(torch.tensor([alphabet.index(c) for c in text]), 3, len(alphabet)).levels[0]
+
+    class Smoothing(KneserNey):
+        def unigram_score(self, word):
+            count, total = self._continuation_counts(word)
+            return (max(count - 0.75, 0) + 0.75 * len(lowest[0]) / len(alphabet)) / total
+
+    theirs = InterpolatedLanguageModel(Smoothing, 3, params={"discount": 0.75, "order": 3})
+    theirs.fit([everygrams(text, max_len=3)], vocabulary_text=alphabet)
+    for history in ("th", " c", "at", "ra"):
+        for c in "athe ":
+            found = ours.probabilities(torch.tensor([alphabet.index(x) for x in history + c])).item()
+            assert found == pytest.approx(theirs.score(c, list(history)), rel=1e-9), (history, c)
+
+
+def test_fit_counting_finds_the_best_of_all(nb07):
+    train, validation = torch.randint(5, (300,)), torch.randint(5, (90,))
+    model, losses = nb07.fit_counting(train, validation, (2, 3, 1), 5)
+    assert set(losses) == set(itertools.product((1, 2, 3), (0.6, 0.7, 0.8, 0.9)))
+    for (order, discount), loss in losses.items():
+        p = nb07.KneserNey(train, order, 5, discount).probabilities(validation)
+        assert loss == pytest.approx(-p.log().mean().item())
+    best = min(losses, key=losses.get)
+    assert (model.order, model.discount) == best
+    assert -model.probabilities(validation).log().mean().item() == pytest.approx(losses[best])
+
+
+def test_kneser_ney_edges(nb07):
+    model = nb07.KneserNey(torch.zeros(9, dtype=torch.long), 3, 4)
+    assert model.probabilities(torch.zeros(3, dtype=torch.long)).item() > 0.9
+    unseen = model.probabilities(torch.tensor([3, 2, 1]))  # no history known: the lowest level's
+    assert 0 < unseen.item() == pytest.approx(0.75 / 4)
+    for bad in ({"order": 0}, {"order": 10}, {"order": 2, "discount": 1.0}, {"order": 2, "discount": 0.0}):
+        with pytest.raises(ValueError, match="do not fit"):
+            nb07.KneserNey(torch.zeros(9, dtype=torch.long), size=4, **bad)
+
+
+def test_counting_needs_no_table_of_all_runs(nb07):
+    """An alphabet of 160 characters: 160 ** 5 counts would be 800 GB."""
+    tokens = torch.randint(160, (2000,))
+    assert math.isfinite(nb07.ngram_loss(tokens, tokens, 5, 160))
+    assert nb07.KneserNey(tokens, 5, 160).probabilities(tokens).min() > 0
+    with pytest.raises(ValueError, match="make no 64-bit number: lower the order"):
+        nb07.codes(tokens, 9, 160)
+    assert nb07.codes(torch.tensor([1, 2, 3]), 2, 10).tolist() == [12, 23]
+
+
+# --- the factorial
+
+
+def test_factor_gains_against_all_orders(nb07):
+    generator = np.random.default_rng(0)
+    cube = {key: generator.normal(size=4) for key in itertools.product((0, 1), repeat=3)}
+    found = nb07.factor_gains(cube)
+    for factor in range(3):
+        gains = []
+        for order in itertools.permutations(range(3)):
+            state = [0, 0, 0]
+            for n in order:
+                before = cube[tuple(state)]
+                state[n] = 1
+                if n == factor:
+                    gains.append(before - cube[tuple(state)])
+        np.testing.assert_allclose(found[factor]["all orders"], np.mean(gains, 0))
+        first, rest = [0, 0, 0], [1, 1, 1]
+        first[factor], rest[factor] = 1, 0
+        np.testing.assert_allclose(found[factor]["alone"], cube[0, 0, 0] - cube[tuple(first)])
+        np.testing.assert_allclose(found[factor]["last"], cube[tuple(rest)] - cube[1, 1, 1])
+    np.testing.assert_allclose(sum(part["all orders"] for part in found), cube[0, 0, 0] - cube[1, 1, 1])
+
+
+def test_corners_and_their_names(nb07):
+    run = nb07.Run(steps=7)
+    plain = nb07.corner(run, 0, 0)
+    assert {"block": plain.block, "position": plain.position, "init": plain.init, "learning_rate": 1e-3} == nb07.OTHER_ARMS["nanoGPT"]
+    assert nb07.corner(run, 1, 1) == replace(run, init="fan_in", block="modern", position="rope")
+    assert nb07.corner(run, 1, 0).init == "fan_in"
+    assert nb07.corner(run, 0, 1).block == "modern"
+    assert plain.steps == 7
+    assert nb07.name_of((0, 0, 0)) == "nanoGPT"
+    assert nb07.name_of((1, 1, 1)) == "all three"
+    assert nb07.name_of((1, 0, 1)) == "rate + architecture"
+    assert nb07.versus([1.0, 2.0, 3.0], [1.0, 1.0, 1.0], 1) == "+1.0 [-1.5, +3.5]"
+    assert nb07.versus(np.array([1.0]), np.array([1.25]), 2) == "-0.25, one seed"
+
+
+def test_trained_weights_come_back(nb07, small, corpus):
+    weights, log = nb07.trained(small, corpus, 0, looks=3)
+    assert log["step"] == [10, 20, 30]
+    model = nb07.with_weights(small, weights, len(corpus.vocabulary), "cpu")
+    assert not model.training
+    expected = nb07.train(small, corpus, 0)[0]
+    tokens = corpus.test[None, :12]
+    assert torch.equal(model(tokens), expected(tokens))
+
+
+def test_looks_are_spread_over_the_training(nb07, small, corpus):
+    """No more than asked for, the last at the end."""
+    for steps, looks, expected in ((10, 4, [3, 6, 9, 10]), (12, 4, [3, 6, 9, 12]), (3, 8, [1, 2, 3])):
+        assert nb07.trained(replace(small, steps=steps), corpus, 0, looks=looks)[1]["step"] == expected
+
+
+def test_late_loss_against_a_loop(nb07, small, corpus):
+    """Every character from the seventh on, seen from the last 6 to 11 characters in windows of 12."""
+    size, tokens = len(corpus.vocabulary), corpus.test[:67]  # 7 + 10 * 6
+    model = nb07.Transformer(small, size).eval()
+    losses = []
+    for t in range(7, 67):
+        begin = (t - 7) // 6 * 6
+        losses.append(F.cross_entropy(model(tokens[None, begin:t])[0, -1], tokens[t]).item())
+    assert nb07.late_loss(small, model.state_dict(), tokens, size) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_steps_take_the_warm_up_with_them(nb07, small):
+    run = replace(small, steps=400, warmup=20, learning_rate=0.5)
+    assert nb07.with_steps(run, 200) == replace(run, steps=200, warmup=10)
+    assert nb07.with_steps(run, 1600) == replace(run, steps=1600, warmup=80)
+    assert nb07.with_steps(run, 3).warmup == 1
+
+
+def test_a_try_takes_half_of_the_steps(nb07, small, corpus):
+    half = replace(small, steps=15, warmup=2)
+    weights, _ = nb07.trained(half, corpus, 4)
+    expected = nb07.late_loss(half, weights, corpus.validation, len(corpus.vocabulary))
+    assert nb07.try_rate(small, corpus, 4) == expected
+
+
+def test_a_try_that_diverges_is_infinitely_bad(nb07, small, corpus, monkeypatch):
+    wild = replace(small, steps=4, warmup=0, learning_rate=math.inf)
+    assert nb07.try_rate(wild, corpus, 0) == math.inf
+
+    def out_of_memory(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(nb07, "trained", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        nb07.try_rate(small, corpus, 0)
+
+
+def test_paces_are_seconds_of_a_step(nb07, small, corpus, monkeypatch):
+    """All arms in one set of turns, with the steps asked for and hardly any evaluation."""
+    seen = []
+    watched = lambda run, data, seed: seen.append((run, len(data.validation), seed))
+
+    def turns(cases, rounds, device):
+        assert rounds == 3
+        for case in cases.values():
+            case()
+        return {name: 10.0 * n for n, name in enumerate(cases, 1)}
+
+    monkeypatch.setattr(nb07, "train", watched)
+    monkeypatch.setattr(nb07, "seconds_in_turns", turns)
+    other = replace(small, block="gpt2")
+    large = corpus._replace(validation=corpus.train[:3000])
+    assert nb07.paces({"a": small, "b": other}, large, 5, 3) == {"a": 2.0, "b": 4.0}
+    assert seen == [(replace(run, steps=5), 1000, 0) for run in (small, other)]
+
+
+def test_trainings_side_by_side_are_those_one_after_the_other(nb07, small, corpus):
+    runs = [(replace(small, steps=8, init=init), seed) for init in ("fan_in", "nanogpt") for seed in (0, 1)]
+    together = nb07.each(lambda run: nb07.trained(run[0], corpus, run[1])[0]["embedding.weight"], runs, "")
+    for run, seed in runs:
+        assert torch.equal(together[run, seed], nb07.trained(run, corpus, seed)[0]["embedding.weight"])
+
+
+def test_the_initial_weights_hang_on_the_generator_alone(nb07, small):
+    weights = []
+    for _ in range(2):
+        torch.rand(3)
+        weights.append(nb07.Transformer(small, V, torch.Generator().manual_seed(5)).blocks[0].attention.qkv.weight)
+    assert torch.equal(*weights)
+
+
+# --- attention stretched
+
+
+@pytest.mark.parametrize("window", [1, 3, 12])
+def test_sliding_window_against_a_mask(nb07, small, window):
+    model, tokens = nb07.extended(model_of(nb07, replace(small, n_layer=1)), 12, window=window), torch.randint(V, (2, 12))
+    theirs = torch.nn.MultiheadAttention(16, 2, bias=False, batch_first=True, dtype=torch.float64)
+    ours = model.blocks[0].attention
+    theirs.in_proj_weight.data, theirs.out_proj.weight.data = ours.qkv.weight.data, ours.out.weight.data
+    gap = torch.arange(12)[:, None] - torch.arange(12)
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x, x, x, attn_mask=(gap < 0) | (gap >= window), need_weights=False)[0])
+    cache = nb07.KVCache(model, 2)
+    with torch.no_grad():
+        pieces = [model(piece, cache) for piece in tokens.split([5, 1, 4, 1, 1], 1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens))
+
+
+def test_stretched_positions_are_llamas_linear_scaling(nb07):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+    config = LlamaConfig(hidden_size=32, num_attention_heads=2, rope_parameters=scaling)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1, 40, 32), torch.arange(40)[None])
+    rotation = nb07.rope_rotation(torch.arange(40) * 0.25, 16)
+    torch.testing.assert_close(rotation[0, :, ::2], cos[0, :, :8], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotation[1, :, ::2], sin[0, :, :8], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def rotations(nb07, monkeypatch):
+    """The positions and the number formats that the model asks rotations for."""
+    asked, rotation = [], nb07.rope_rotation
+
+    def watched(positions, width, *rest, **options):
+        asked.append((positions.tolist(), options["dtype"]))
+        return rotation(positions, width, *rest, **options)
+
+    monkeypatch.setattr(nb07, "rope_rotation", watched)
+    return asked
+
+
+def test_extended_stretches_the_positions(nb07, small, rotations):
+    model, tokens = model_of(nb07, small), torch.randint(V, (1, 3))
+    nb07.extended(model, 48, stretch=0.25)(tokens)
+    model(tokens)
+    assert rotations == [([0.0, 0.25, 0.5], torch.float64), ([0.0, 1.0, 2.0], torch.float64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_is_rotated_in_single_precision(nb07, small, rotations, dtype):
+    nb07.Transformer(small, V).to(dtype)(torch.randint(V, (1, 3)))
+    assert rotations[0][1] == torch.float32
+
+
+def test_rmsnorm_of_large_halves(nb07):
+    """Their squares exceed float16's 65,504."""
+    x = (torch.randn(3, 384) * 1000).half()
+    y = nb07.RMSNorm(384).half()(x)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), F.rms_norm(x.float(), (384,)), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("position", ["none", "learned", "rope"])
+def test_a_model_in_bfloat16_runs(nb07, small, position):
+    model = nb07.Transformer(replace(small, position=position), V).bfloat16()
+    tokens = torch.randint(V, (2, 12))
+    assert model(tokens).dtype == torch.bfloat16
+    assert model(tokens).isfinite().all()
+    assert nb07.generate(model, tokens, 3).shape == (2, 15)
+
+
+# --- calibration and mixtures
+
+
+def test_late_logits_against_a_loop(nb07, small):
+    model, tokens = model_of(nb07, small), torch.randint(V, (67,))  # 13 + 9 * 6
+    logits, targets = nb07.late_logits(model, tokens)
+    assert torch.equal(targets, tokens[7:])
+    expected = []
+    for t in range(7, 67):
+        begin = (t - 7) // 6 * 6  # windows of 12 that move on by 6
+        expected.append(F.cross_entropy(model(tokens[None, begin:t])[0, -1], tokens[t]))
+    expected = torch.stack(expected).detach().float()
+    torch.testing.assert_close(F.cross_entropy(logits, targets, reduction="none"), expected)
+    p = nb07.probabilities(model, tokens, 7)
+    np.testing.assert_allclose(p, (-expected).exp(), rtol=1e-5)
+    np.testing.assert_allclose(nb07.probabilities(model, tokens, 13), p[6:], rtol=1e-5)
+
+
+def test_probabilities_of_counting_are_of_the_same_tokens(nb07, small):
+    model, tokens = nb07.KneserNey(torch.randint(V, (300,)), 3, V), torch.randint(V, (67,))
+    found = nb07.probabilities(model, tokens, 7)
+    assert found.shape == nb07.probabilities(model_of(nb07, small), tokens, 7).shape == (60,)
+    np.testing.assert_allclose(found, model.probabilities(tokens)[5:])  # its first is of the third token
+
+
+def test_fitted_temperature(nb07):
+    """Tokens that are drawn at a temperature are told the temperature back; a grid finds nothing better."""
+    logits = 3 * torch.randn(20_000, 6)
+    for temperature in (0.5, 1.0, 2.5):
+        targets = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+        found = nb07.fit_temperature(logits, targets)
+        assert found == pytest.approx(temperature, rel=0.05)
+        loss = lambda t, targets=targets: F.cross_entropy(logits / t, targets).item()
+        assert loss(found) <= min(loss(t) for t in np.geomspace(0.2, 5, 40)) + 1e-6
+
+
+def test_calibration_error_against_a_loop(nb07):
+    logits, targets = 2 * torch.randn(500, 7), torch.randint(7, (500,))
+    p = logits.double().softmax(-1)
+    error, shares = 0.0, []
+    for b in range(10):
+        inside = [i for i in range(500) if b / 10 <= p[i].max() < (b + 1) / 10]
+        shares.append(len(inside) / 500)
+        if inside:
+            right = np.mean([p[i].argmax().item() == targets[i].item() for i in inside])
+            error += len(inside) / 500 * abs(right - np.mean([p[i].max().item() for i in inside]))
+    assert nb07.calibration_error(logits, targets) == pytest.approx(error)
+    assert nb07.reliability(logits, targets)[0].tolist() == pytest.approx(shares)
+    sure = torch.tensor([[100.0, 0.0]])
+    assert nb07.calibration_error(sure, torch.tensor([0])) == pytest.approx(0, abs=1e-9)
+    assert nb07.calibration_error(sure, torch.tensor([1])) == pytest.approx(1)
+
+
+def test_mixture_weight_against_a_grid(nb07):
+    first, second = np.random.default_rng(0).uniform(0.01, 1, (2, 300))
+    loss = lambda share: -np.log(share * first + (1 - share) * second).mean()
+    found = nb07.mixture_weight(first, second)
+    assert loss(found) <= min(loss(share) for share in np.linspace(0, 1, 201)) + 1e-9
+    assert nb07.mixture_weight(second * 0.5, second) < 0.01
+    assert nb07.mixture_weight(second, second * 0.5) > 0.99
+
+
+def test_words_of_any_alphabet(nb07):
+    assert nb07.words(" Être ou ne pas être. ") == ["être", "ou", "ne", "pas", "être", "."]
+    assert nb07.words("ть или не быть, вот в чём вопр") == ["или", "не", "быть", ",", "вот", "в", "чём"]
+    assert nb07.words(" the end\n") == ["the", "end"]
+    assert nb07.words(" act 12_") == ["act", "1", "2", "_"]
+
+
+# --- the text
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A data folder, and the smoke preset, which asks no network."""
+    monkeypatch.setenv("COOKBOOK_DATA", str(tmp_path))
+    monkeypatch.setenv("COOKBOOK_PRESET", "smoke")
+    return tmp_path
+
+
+PLAY = "First Citizen:\nSpeak, speak.\n"
+
+
+def known(nb07, monkeypatch, **texts):
+    """Give the notebook these sha256 in place of the real ones."""
+    for name, text in texts.items():
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        monkeypatch.setitem(nb07.TEXT_SHA256, f"{name}.txt", digest)
+
+
+def test_full_text_comes_first_then_the_embedded_one(nb07, folder, monkeypatch, capsys):
+    known(nb07, monkeypatch, tinyshakespeare=PLAY, shakespeare=PLAY.upper())
+    (folder / "shakespeare.txt").write_text(PLAY.upper())
+    assert nb07.load_text() == PLAY.upper()
+    assert "EMBEDDED TEXT" in capsys.readouterr().out
+    (folder / "tinyshakespeare.txt").write_text(PLAY)
+    assert nb07.load_text() == PLAY
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare.txt", "shakespeare.txt"])
+def test_a_corrupt_text_is_named(nb07, folder, name):
+    (folder / name).write_text(PLAY)
+    with pytest.raises(ValueError, match=rf"{name} is corrupt or incomplete \(29 bytes\)"):
+        nb07.load_text()
+
+
+def test_no_text_at_all(nb07, folder):
+    with pytest.raises(FileNotFoundError, match=r"save https://.* as .*tinyshakespeare.txt"):
+        nb07.load_text()
+
+
+def test_a_text_of_ones_own(nb07, folder):
+    (folder / "mine.txt").write_bytes("Быть или\r\nне быть".encode())
+    assert nb07.load_text(str(folder / "mine.txt")) == "Быть или\nне быть"
+
+
+# --- interrupted trainings
+
+
+def checkpoint_of(nb07, folder, run, corpus, seed=3, every=0):
+    """The checkpoint of a run."""
+    return nb07.Checkpoint(folder, "run", run, corpus, seed, nb07.train, every=every)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_interrupted_training_resumes_to_the_same_numbers(nb07, small, corpus, tmp_path, dtype):
+    """Batches, dropout, optimiser, loss scaler and curves included."""
+    run = replace(small, steps=40, dropout=0.2)
+    whole, whole_log = nb07.train(run, corpus, 3, eval_every=10, dtype=dtype)
+
+    class Stopped(nb07.Checkpoint):
+        """One whose process dies after step 20 was saved."""
+
+        def due(self):
+            return True
+
+        def save(self, log, **parts):
+            super().save(log, **parts)
+            if log["step"][-1] == 20:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nb07.train(run, corpus, 3, eval_every=10, dtype=dtype, checkpoint=Stopped(tmp_path, "run", run, corpus, 3, nb07.train, every=0))
+    torch.rand(7)  # whatever the restarted notebook has drawn before
+    resumed, log = nb07.train(run, corpus, 3, eval_every=10, dtype=dtype, checkpoint=checkpoint_of(nb07, tmp_path, run, corpus))
+    assert log["step"] == [10, 20, 30, 40]
+    assert all(log[name] == whole_log[name] for name in ("step", "train", "validation"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    again, _ = nb07.train(run, corpus, 3, eval_every=10, dtype=dtype, checkpoint=checkpoint_of(nb07, tmp_path, run, corpus))
+    assert torch.equal(again.embedding.weight, whole.embedding.weight)
+
+
+def test_each_run_and_text_has_a_checkpoint_of_its_own(nb07, small, corpus, tmp_path):
+    other = nb07.make_corpus("another text of the same length " * 60)
+    swapped = corpus._replace(train=corpus.train.flip(0))  # same alphabet, same length
+    cases = [(small, corpus, 0), (small, other, 0), (small, swapped, 0), (replace(small, steps=31), corpus, 0), (small, corpus, 1)]
+    paths = [checkpoint_of(nb07, tmp_path, *case).path for case in cases]
+    assert len(set(paths)) == len(paths)
+    assert checkpoint_of(nb07, tmp_path, *cases[0]).path == paths[0]

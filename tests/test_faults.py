@@ -1,6 +1,5 @@
 """Runs that are interrupted, data that are missing or damaged: nothing is lost, and the error says what to do."""
 
-import hashlib
 import itertools
 import os
 import signal
@@ -14,88 +13,9 @@ import torch
 
 from tests.checks import check_kill_while_saving
 from tests.faults import TRAININGS
-from tests.stranger import NOWHERE
-from tests.web import serving
 from tools import cookbook
 
-FULL_TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
-
-
-@pytest.fixture
-def shakespeare(nb07, monkeypatch):
-    """Notebook 07 with a short text in the place of tiny-shakespeare, and its sha256."""
-    monkeypatch.setitem(nb07.TEXT_SHA256, "tinyshakespeare.txt", hashlib.sha256(FULL_TEXT).hexdigest())
-    monkeypatch.setitem(nb07.TEXT_SHA256, "shakespeare.txt", hashlib.sha256(FULL_TEXT.upper()).hexdigest())
-    return nb07
-
-
-@pytest.fixture
-def web():
-    """URL of a server: /right sends the text, /wrong a part, /cut too but announces it all, else 404."""
-    pages = {"/right": FULL_TEXT, "/wrong": FULL_TEXT[:20], "/cut": FULL_TEXT[:20]}
-    with serving(pages, {"/cut": len(FULL_TEXT)}) as (url, _):
-        yield url
-
-
-# --- the text of notebook 07
-
-
-def test_mirrors_are_tried_in_order_and_checked(shakespeare, web, tmp_path, capsys):
-    path = tmp_path / "new" / "tinyshakespeare.txt"
-    assert shakespeare.download(path, (f"{NOWHERE}/x", f"{web}/gone", f"{web}/cut", f"{web}/wrong", f"{web}/right"))
-    assert path.read_bytes() == FULL_TEXT
-    said = capsys.readouterr().out
-    assert said.count("could not download") == 3
-    assert "sent something else (20 bytes)" in said
-
-
-def test_nothing_is_written_without_the_right_bytes(shakespeare, web, tmp_path):
-    path = tmp_path / "tinyshakespeare.txt"
-    assert not shakespeare.download(path, (f"{web}/wrong", f"{NOWHERE}/x"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(shakespeare, web, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert not shakespeare.download(tmp_path / "file" / "tinyshakespeare.txt", (f"{web}/right",))
-    assert "could not download" in capsys.readouterr().out
-
-
-def test_full_text_comes_first(shakespeare, tmp_path, monkeypatch):
-    monkeypatch.setattr(shakespeare, "download", lambda path: pytest.fail("asked the network"))
-    (tmp_path / "tinyshakespeare.txt").write_bytes(FULL_TEXT)
-    (tmp_path / "shakespeare.txt").write_bytes(FULL_TEXT.upper())
-    assert shakespeare.load_text(tmp_path, "cpu") == FULL_TEXT.decode()
-
-
-def test_embedded_text_without_a_network(shakespeare, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shakespeare, "download", lambda path: False)
-    (tmp_path / "shakespeare.txt").write_bytes(FULL_TEXT.upper())
-    assert shakespeare.load_text(tmp_path, "cpu") == FULL_TEXT.decode().upper()
-    assert "EMBEDDED TEXT" in capsys.readouterr().out
-
-
-def test_smoke_with_embedded_text_asks_no_network(shakespeare, tmp_path, monkeypatch):
-    monkeypatch.setattr(shakespeare, "download", lambda path: pytest.fail("asked the network"))
-    (tmp_path / "shakespeare.txt").write_bytes(FULL_TEXT.upper())
-    assert shakespeare.load_text(tmp_path, "smoke") == FULL_TEXT.decode().upper()
-
-
-def test_no_text_at_all(shakespeare, tmp_path, monkeypatch):
-    monkeypatch.setattr(shakespeare, "download", lambda path: False)
-    with pytest.raises(FileNotFoundError, match=r"save https://.* as .*tinyshakespeare.txt, or point COOKBOOK_DATA"):
-        shakespeare.load_text(tmp_path, "smoke")
-
-
-@pytest.mark.parametrize("name", ["tinyshakespeare.txt", "shakespeare.txt"])
-def test_a_truncated_text_is_named(shakespeare, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(shakespeare, "download", lambda path: False)
-    (tmp_path / name).write_bytes(FULL_TEXT[:30])
-    with pytest.raises(ValueError, match=rf"{name} is corrupt or incomplete \(30 bytes\): delete it"):
-        shakespeare.load_text(tmp_path, "cpu")
-
-
-# --- interrupted trainings of notebooks 01 and 07
+# --- interrupted trainings of notebook 01
 
 NOT_OF_THIS_MODEL = r"run.pt is damaged or not of this model: delete it"
 
@@ -131,7 +51,6 @@ def interrupt_at(step):
 METHODS = (("explicit", "nesterov"), ("exact", "nesterov"), ("cg", "adam"), ("explicit", "muon"))
 VARIANTS = [  # (notebook, changes to its Run, options of train)
     *(("01", {"method": method, "optimizer": name, "learning_rate": 0.02}, {}) for method, name in METHODS),
-    *(("07", {}, {"dtype": dtype}) for dtype in (None, torch.float16)),
 ]
 
 
@@ -154,7 +73,6 @@ def test_interrupted_training_resumes_to_the_same_numbers(training, changes, opt
     check_same(training, whole, training(changes, checkpoint=path, **options))  # finished: nothing left to do
 
 
-@pytest.mark.parametrize("training", ["07"], indirect=True)  # a process takes seconds to start, and they save alike
 def test_killed_training_resumes_to_the_same_numbers(training, tmp_path):
     path = tmp_path / "run.pt"
     command = [sys.executable, "-m", "tests.faults", training.number, str(path)]
