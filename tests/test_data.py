@@ -30,9 +30,12 @@ def reader():
 
 
 @pytest.fixture(scope="module")
-def embedded_files(nb01):
+def embedded_files():
     """Files in data/ but those full data sets that a notebook has downloaded there."""
-    downloads = {"tinyshakespeare.txt", *nb01.SHA256}
+    parts = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    downloads = {"tinyshakespeare.txt", "cifar-10-batches-bin/test_batch.bin"}
+    downloads |= {f"{name}/raw/{part}-ubyte" for name in ("MNIST", "FashionMNIST") for part in parts}
+    downloads |= {f"cifar-10-batches-bin/data_batch_{n}.bin" for n in range(1, 6)}
     return [path for path in DATA.rglob("*") if path.is_file() and str(path.relative_to(DATA)) not in downloads]
 
 
