@@ -1052,6 +1052,22 @@ def test_over_cores_goes_in_turn_on_a_gpu(canon, monkeypatch):
     assert names == [threading.current_thread().name] * 3
 
 
+# --- trials
+
+
+def test_each_keeps_the_order_of_its_items(canon):
+    assert list(canon.each(lambda n: n * n, (3, 1, 2), "squares").items()) == [(3, 9), (1, 1), (2, 4)]
+
+
+def test_versus_is_a_paired_t_test_in_words(canon):
+    first, second = [1.0, 2.0, 4.0], [0.0, 2.0, 2.0]
+    expected = stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert canon.versus(first, second, 2) == f"+1.00 [{expected.low:+.2f}, {expected.high:+.2f}]"
+    assert canon.versus([1.0, 2.0], [1.0, 3.0], 1) == "-0.5 [-6.9, +5.9]"  # 12.706 deviations of 0.5
+    assert canon.versus([1.0, 2.0], [0.5, 1.5]) == "+0.500 [+0.500, +0.500]"
+    assert canon.versus(np.array([1.0]), np.array([1.25]), 2) == "-0.25, one seed"
+
+
 # --- compare
 
 
