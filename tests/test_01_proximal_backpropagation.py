@@ -1295,8 +1295,8 @@ def test_comparison_at_equal_updates_and_minutes(nb01):
     assert [rows[name]["equal minutes"] for name in runs] == [nb01.summary(scores[name][1]) for name in runs]
     assert rows["explicit"]["ms an update"] == "20"
     assert rows["explicit"]["minus explicit, updates"] == ""
-    assert rows["CG-3"]["minus explicit, updates"] == nb01.minus([0.5, 2.5], [0.2, 1.2])
-    assert rows["CG-3"]["minus explicit, minutes"] == nb01.minus([0.42, 2.02], [0.2, 1.2])
+    assert rows["CG-3"]["minus explicit, updates"] == nb01.versus([0.5, 2.5], [0.2, 1.2])
+    assert rows["CG-3"]["minus explicit, minutes"] == nb01.versus([0.42, 2.02], [0.2, 1.2])
     assert rows["CG-3"]["loss"].startswith("0.50")
 
 
@@ -1327,10 +1327,6 @@ def test_contest(nb01, monkeypatch):
     assert {key: log["step"] for key, log in logs.items()} == {(name, s): [1, 2, 3, 4] for name in arms for s in (0, 1)}
     assert scores["CG-3"][0] == [logs["CG-3", s]["accuracy"][-1] for s in (0, 1)]
     assert scores["explicit"][1] == [logs["explicit", s]["accuracy"][-1] for s in (0, 1)]  # the minutes are its own
-
-
-def test_minus(nb01):
-    assert nb01.minus([1.0, 2.0, 4.0], [0.0, 2.0, 2.0], 2) == "+1.00 [-1.48, +3.48]"
 
 
 def test_fewer(nb01):

@@ -866,12 +866,12 @@ def test_pairs_table(nb03, small):
     values = {"a": [1.0, 1.2, 1.1], "b": [0.5, 0.6, 0.7]}
     table = nb03.pairs_table({"this": ("a", "b")}, values, runs, 4)
     assert table.index.tolist() == ["this: a less b"]
-    assert table.iloc[0].to_dict() == nb03.versus(values["a"], values["b"], 4) | {"rates": "0.1, 0.2"}
+    assert table.iloc[0].to_dict() == nb03.difference_row(values["a"], values["b"], 4) | {"rates": "0.1, 0.2"}
 
 
-def test_versus_allows_for_the_number_of_comparisons(nb03):
+def test_a_row_of_differences_allows_for_the_number_of_comparisons(nb03):
     first, second = [1.1, 1.3, 1.2, 1.26], [1.0, 1.1, 1.1, 1.1]
-    found = nb03.versus(first, second, 7)
+    found = nb03.difference_row(first, second, 7)
     difference = np.subtract(first, second)
     error = difference.std(ddof=1) / 2
     for key, level in (("95 %", 0.05), ("for all 7", 0.05 / 7)):
@@ -879,9 +879,9 @@ def test_versus_allows_for_the_number_of_comparisons(nb03):
         assert found[key] == f"[{difference.mean() - half:+.3f}, {difference.mean() + half:+.3f}]"
     assert found["difference"] == "+0.140"
     assert found["told apart"] == "no"
-    assert nb03.versus(first, second, 1)["told apart"] == "yes"
-    assert "for all 1" not in nb03.versus(first, second)
-    assert nb03.versus(second, first, 1)["told apart"] == "yes"
+    assert nb03.difference_row(first, second, 1)["told apart"] == "yes"
+    assert "for all 1" not in nb03.difference_row(first, second)
+    assert nb03.difference_row(second, first, 1)["told apart"] == "yes"
 
 
 def test_by_depth(nb03):

@@ -923,8 +923,6 @@ def test_corners_and_their_names(nb07):
     assert nb07.name_of((0, 0, 0)) == "nanoGPT"
     assert nb07.name_of((1, 1, 1)) == "all three"
     assert nb07.name_of((1, 0, 1)) == "rate + architecture"
-    assert nb07.versus([1.0, 2.0, 3.0], [1.0, 1.0, 1.0], 1) == "+1.0 [-1.5, +3.5]"
-    assert nb07.versus(np.array([1.0]), np.array([1.25]), 2) == "-0.25, one seed"
 
 
 def test_trained_weights_come_back(nb07, small, corpus):
