@@ -4,9 +4,12 @@
 
 Both play `NetHackScore-v0` with the same agent network in one thread. CleanRL's way is a gymnasium SyncVectorEnv of the registered
 environment with its default observations, in which every observation of the dict is copied each step, and a step of the agent by
-torch.distributions with log-probability, entropy and value, as in its PPO scripts. The notebook's way is `Learner.act` and `Games.step`.
+torch.distributions with log-probability, entropy and value, as in its PPO scripts. The notebook's way is `judge`, `sample`, `Games.step`.
 Measured in turns: games alone, and games with the agent. Then where the time of the notebook's whole training goes.
 """
+
+import time
+from dataclasses import replace
 
 import gymnasium
 import nle  # noqa: F401, registers the environments
@@ -23,8 +26,9 @@ class Notebook:
     """The notebook's games and agent."""
 
     def __init__(self, notebook, num_games):
-        run = notebook.Run(task="NetHackScore-v0", num_games=num_games, warm_up=1)
-        self.learner = notebook.Learner(run, torch.device("cpu"))
+        run = notebook.Run(None, 0, task="NetHackScore-v0", warm_up=1)
+        config = replace(notebook.Config(), num_games=num_games)
+        self.notebook, self.learner = notebook, notebook.Learner(run, config, torch.device("cpu"))
         self.actions = np.random.default_rng(0).integers(23, size=(STEPS, num_games))
 
     def play(self):
@@ -33,8 +37,11 @@ class Notebook:
 
     def act(self):
         for _ in range(STEPS):
-            _, actions, _, _ = self.learner.act(self.learner.observation)
-            self.learner.observation = self.learner.games.step(actions).observation
+            seen = self.learner.observation
+            logits, _ = self.learner.judge(self.notebook.crops(seen), self.notebook.places(seen.blstats))
+            actions = self.notebook.sample(logits, self.learner.generator)
+            logits.log_softmax(1).gather(1, actions[:, None])
+            self.learner.observation = self.learner.games.step(actions.numpy()).observation
 
 
 class CleanRL:
@@ -43,8 +50,7 @@ class CleanRL:
     def __init__(self, notebook, num_games):
         same_step = gymnasium.vector.AutoresetMode.SAME_STEP
         self.envs = gymnasium.vector.SyncVectorEnv([self.make] * num_games, autoreset_mode=same_step)
-        self.inputs = lambda seen: notebook.inputs_of(notebook.Observation(seen["glyphs"], seen["blstats"]))
-        self.agent = notebook.Agent(23, 8, 16, 128)
+        self.notebook, self.agent = notebook, notebook.Agent(23, 128)
         self.observation, _ = self.envs.reset(seed=0)
         self.actions = np.random.default_rng(0).integers(23, size=(STEPS, num_games))
 
@@ -58,9 +64,10 @@ class CleanRL:
 
     def act(self):
         for _ in range(STEPS):
-            crop, glyphs, vector = (torch.as_tensor(array) for array in self.inputs(self.observation))
+            seen = self.notebook.Observation(self.observation["glyphs"], self.observation["blstats"])
+            view = self.notebook.tensors("cpu", self.notebook.crops(seen), self.notebook.places(seen.blstats))
             with torch.no_grad():
-                logits, _ = self.agent(crop.int(), glyphs.int(), vector)
+                logits, _ = self.agent(*view)
                 policy = torch.distributions.Categorical(logits=logits)
                 action = policy.sample()
                 policy.log_prob(action)
@@ -82,14 +89,23 @@ def bench_games(notebook, num_games):
         print(f"{seconds['theirs'] / seconds['ours']:.1f} times", flush=True)
 
 
-def bench_training(notebook):
+def bench_training(notebook, rollouts=10):
     """Where the time of the whole training goes."""
-    learner = notebook.Learner(notebook.Run(task="NetHackScore-v0"), torch.device("cpu"))
-    for _ in range(10):
-        notebook.update(learner)
-    total = sum(learner.seconds.values())
-    parts = ", ".join(f"{name} {spent / total:.0%}" for name, spent in learner.seconds.items())
-    print(f"whole training, 16 games: {10 * 1024 / total:,.0f} steps/s: {parts}")
+    learner = notebook.Learner(notebook.Run(None, 0, task="NetHackScore-v0"), notebook.Config(), torch.device("cpu"))
+    seconds, steps = {"playing": 0.0, "bonus": 0.0, "learning": 0.0}, rollouts * learner.config.num_games * learner.config.horizon
+    for _ in range(rollouts):
+        times = [time.perf_counter()]
+        rollout, last = notebook.collect(learner)
+        times.append(time.perf_counter())
+        _, bonus = notebook.curiosity(learner, rollout)
+        times.append(time.perf_counter())
+        notebook.improve(learner, rollout, *notebook.advantages_of(rollout, last, bonus, learner.run, learner.config))
+        times.append(time.perf_counter())
+        for name, spent in zip(seconds, np.diff(times), strict=True):
+            seconds[name] += spent
+    total = sum(seconds.values())
+    parts = ", ".join(f"{name} {spent / total:.0%}" for name, spent in seconds.items())
+    print(f"whole training, 16 games: {steps / total:,.0f} steps/s: {parts}")
 
 
 def main():
