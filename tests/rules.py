@@ -1,7 +1,4 @@
-"""What holds for every notebook, a rule each: a function of (notebook, path) that yields complaints.
-
-Rules marked `second` hold for second editions only, those marked `first` for first editions, all others for both.
-"""
+"""What holds for every notebook, a rule each: a function of (notebook, path) that yields complaints."""
 
 import ast
 import base64
@@ -14,42 +11,17 @@ from PIL import Image
 from tools import cookbook, readme, sync_canon
 from tools.lift import definitions, foreign_names, python_of
 
-FIRST_SECTIONS = (
-    "What you will build", "Install", "Imports", "Parameters", "Runtime", "Experiment tracking", "Data", "Training", "Results",
-    "Where this differs", "Exercises", "References",
-)  # fmt: skip
 SECTIONS = ("Setup", "1. ", "Data", "Train and look", "Study", "Results", "Where this differs", "Exercises", "References")
-FIRST_CANON = {"install", "runtime", "style", "tracking"}
 CANON = {"setup", "tracking", "report"}  # every notebook has these; the others where they are wanted
 CELL_METADATA = {"tags", *sync_canon.COLLAPSED}
 LONG_LOOPS = {"04": 120, "08": 120}  # reinforcement learning: the loop is the lesson
-RULES, EDITION = {}, {}
+RULES = {}
 
 
 def rule(function):
-    """A rule for both editions."""
+    """Enter a rule."""
     RULES[function.__name__] = function
-    EDITION[function.__name__] = (1, 2)
     return function
-
-
-def first(function):
-    """A rule for first editions only."""
-    rule(function)
-    EDITION[function.__name__] = (1,)
-    return function
-
-
-def second(function):
-    """A rule for second editions only."""
-    rule(function)
-    EDITION[function.__name__] = (2,)
-    return function
-
-
-def holds_for(name, path):
-    """Whether a rule is meant for the notebook at `path`."""
-    return (1 if cookbook.is_first_edition(path) else 2) in EDITION[name]
 
 
 def hand_written(notebook):
@@ -144,13 +116,7 @@ def out_of_order(notebook, sections):
             position = found[0]
 
 
-@first
-def first_anatomy(notebook, path):
-    """The sections of a first edition, in their order."""
-    yield from out_of_order(notebook, FIRST_SECTIONS)
-
-
-@second
+@rule
 def anatomy(notebook, path):
     """The sections in their order; the lesson ends with three takeaways; the study asks its questions."""
     yield from out_of_order(notebook, SECTIONS)
@@ -163,7 +129,7 @@ def anatomy(notebook, path):
         yield f"the study's headings are not one to five questions: {questions}"
 
 
-@second
+@rule
 def picture_under_the_title(notebook, path):
     """The notebook's picture by its raw address, with alternative text."""
     source = notebook.cells[0].source
@@ -172,7 +138,7 @@ def picture_under_the_title(notebook, path):
         yield f'no <img src="{address}" ... alt="..."> in the title cell'
 
 
-@second
+@rule
 def budgets(notebook, path):
     """What a reader can take in: lines before the first piece, of the lesson, of the rest, of a cell, of prose."""
     before = sum(len(lines_of(cell)) for cell in hand_written_in(part(notebook, "Setup", "1. ")))
@@ -215,7 +181,7 @@ def long_cell(cell, loop):
             yield f"a line of {len(line)} characters (100): {line.strip()[:50]!r}"
 
 
-@second
+@rule
 def one_statement_per_line(notebook, path):
     """No tuples of calls, no semicolons, no body beside its header."""
     for cell in hand_written(notebook):
@@ -236,7 +202,7 @@ def shared_lines(node, body):
         last = statement.end_lineno
 
 
-@second
+@rule
 def exercises(notebook, path):
     """Two exercises or more with a stub and a check, unsolved and not failing."""
     cells = cookbook.tagged(notebook, "exercise")
@@ -249,7 +215,7 @@ def exercises(notebook, path):
             yield f"an exercise that does not say 'not solved yet': {cell.source[:50]!r}"
 
 
-@second
+@rule
 def results_record(notebook, path):
     """The records of the results, a headline of at most 25 words and one of 20 for the gallery; signs such as ± and % are no words."""
     facts = notebook.metadata.get("cookbook", {})
@@ -287,10 +253,9 @@ def parameters_cell(notebook, path):
 def canon_copies(notebook, path):
     """The canon blocks, each once, identical to their source, and collapsed."""
     names = [name for name, _ in sync_canon.canon_cells(notebook)]
-    needed = FIRST_CANON if cookbook.is_first_edition(path) else CANON
-    if needed - set(names) or len(set(names)) < len(names):
-        yield f"canon cells that lack or stand twice: {sorted(needed - set(names)) or names}"
-    for name, _ in sync_canon.differing(notebook, path):
+    if CANON - set(names) or len(set(names)) < len(names):
+        yield f"canon cells that lack or stand twice: {sorted(CANON - set(names)) or names}"
+    for name, _ in sync_canon.differing(notebook):
         yield f"the canon block {name} differs from tools/canon or is not collapsed: make canon"
 
 
@@ -329,7 +294,7 @@ def clean_outputs(notebook, path):
             yield "an output of more than 60 lines"
 
 
-@second
+@rule
 def no_plumbing_in_outputs(notebook, path):
     """No progress bars, no lines of ClearML about where its session lies."""
     text = text_of_outputs(notebook)
@@ -342,8 +307,7 @@ def no_plumbing_in_outputs(notebook, path):
 def clean_metadata(notebook, path):
     """No widget state (GitHub shows 'Invalid Notebook'), none of Colab's or papermill's notes."""
     extra = set(notebook.metadata) - {"kernelspec", "language_info", "cookbook"}
-    known = {"tags"} if cookbook.is_first_edition(path) else CELL_METADATA
-    extra |= {key for cell in notebook.cells for key in cell.metadata if key not in known}
+    extra |= {key for cell in notebook.cells for key in cell.metadata if key not in CELL_METADATA}
     if extra:
         yield f"metadata to strip: {sorted(extra)}"
     if any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs(notebook)):
@@ -362,7 +326,7 @@ def no_secrets_or_paths(notebook, path):
 
 @rule
 def size(notebook, path):
-    """At most 1 MB with outputs; of a first edition half of the cells have at most 15 lines."""
+    """At most 1 MB with outputs; half of the cells have at most 15 lines."""
     if len(nbformat.writes(notebook)) > 1_000_000:
         yield "more than 1 MB: GitHub may not render it"
     lines = sorted(len([line for line in cell.source.split("\n") if line.strip()]) for cell in hand_written(notebook))
@@ -391,17 +355,6 @@ def rendered_facts(notebook, path):
         yield "the title cell does not show the result"
 
 
-@first
-def facts_as_printed(notebook, path):
-    """Preset, device, versions and headline of a first edition are what its cells printed."""
-    facts = notebook.metadata.get("cookbook", {})
-    for key, value in cookbook.runtime(notebook).items():
-        if facts.get(key) != value:
-            yield f"{key} is {facts.get(key)!r} in the metadata and {value!r} in the outputs"
-    if facts.get("headline") != cookbook.headline(notebook):
-        yield "the headline in the metadata is not what the cell tagged headline printed"
-
-
 @rule
 def figures(notebook, path):
     """Three figures or more on opaque white; the picture in img/ is the output of the cell tagged `picture`."""
@@ -413,7 +366,7 @@ def figures(notebook, path):
             yield "a figure without an opaque white background"
 
 
-@second
+@rule
 def figures_to_read(notebook, path):
     """At most 9 inches wide at 150 dpi, nothing under 9 points, alternative text; the picture is a panel of 4:3 with large text."""
     for cell in cookbook.code_cells(notebook):
@@ -486,7 +439,7 @@ def config_says_why(notebook, path):
                 yield f"{node.name}.{field.target.id} does not say why it has its value"
 
 
-@second
+@rule
 def config_is_small(notebook, path):
     """`Config` has at most 15 fields: what only scales an experiment stands where the experiment is."""
     for tree in trees(notebook):

@@ -56,12 +56,6 @@ def preset(monkeypatch):
     return lambda name: monkeypatch.setenv("COOKBOOK_PRESET", name)
 
 
-def first_edition(name, **namespace):
-    """Namespace after executing the definitions of a first edition's block."""
-    exec(sync_canon.blocks(first_edition=True)[name].split("\n\n\nrandom.seed")[0], namespace)
-    return types.SimpleNamespace(**namespace)
-
-
 # --- setup: packages
 
 
@@ -73,34 +67,29 @@ def pip(monkeypatch):
     return commands
 
 
-@pytest.fixture(params=["setup", "first edition"])
-def install(request, canon):
-    return canon.install if request.param == "setup" else first_edition("install").install
-
-
-def test_install_on_a_complete_environment_runs_nothing(install, pip):
-    install("torch", "numpy", "clearml==2.1.12", "scikit-learn")
+def test_install_on_a_complete_environment_runs_nothing(canon, pip):
+    canon.install("torch", "numpy", "clearml==2.1.12", "scikit-learn")
     assert pip == []
 
 
-def test_install_never_touches_torch_and_numpy(install, pip):
+def test_install_never_touches_torch_and_numpy(canon, pip):
     """Only what lacks is asked for, and torch, torchvision and numpy in the versions that are there."""
-    install("torch", "numpy", "no-such-package==1.0", "tqdm==0.0.1")
+    canon.install("torch", "numpy", "no-such-package==1.0", "tqdm==0.0.1")
     (command,) = pip
     frozen = [f"{name}=={metadata.version(name)}" for name in ("torch", "torchvision", "numpy")]
     assert command == [sys.executable, "-m", "pip", "install", "-q", "no-such-package==1.0", *frozen]
 
 
-def test_install_on_a_bare_machine_asks_for_everything(install, pip, monkeypatch):
+def test_install_on_a_bare_machine_asks_for_everything(canon, pip, monkeypatch):
     monkeypatch.setattr(metadata, "distributions", list)
-    install("torch", "tqdm")
+    canon.install("torch", "tqdm")
     assert pip[0][-2:] == ["torch", "tqdm"]
 
 
-def test_install_says_what_to_do_when_pip_fails(install, monkeypatch):
+def test_install_says_what_to_do_when_pip_fails(canon, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **_: types.SimpleNamespace(returncode=1))
     with pytest.raises(RuntimeError, match=r"could not install .*where there is a network, run: pip install no-such-package==1.0"):
-        install("no-such-package==1.0")
+        canon.install("no-such-package==1.0")
 
 
 # --- setup: presets, seeds, folders
@@ -128,15 +117,6 @@ def test_wrong_presets(canon, monkeypatch, preset):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="needs CUDA"):
         canon.preset_name("gpu")
-
-
-def test_presets_of_first_editions(monkeypatch, preset):
-    preset("smoke")
-    choose_preset = first_edition("runtime", os=os, torch=torch).choose_preset
-    assert choose_preset("cpu", ("smoke", "cpu", "gpu")) == "smoke"
-    preset("fast")
-    with pytest.raises(ValueError, match="'fast' is unknown; choose one of: auto, smoke, cpu, gpu"):
-        choose_preset("cpu", ("smoke", "cpu", "gpu"))
 
 
 def test_choose_wants_all_three(canon):
@@ -209,15 +189,9 @@ def hosts_of(url):
     return {f"CLEARML_{kind}_HOST": url for kind in ("API", "WEB", "FILES")}
 
 
-@pytest.fixture(params=[False, True], ids=["second edition", "first edition"])
-def edition(request):
-    """Whether the block of first editions is tried."""
-    return request.param
-
-
-def track(folder, variables, first=False, before="", between=""):
+def track(folder, variables, before="", between=""):
     """Output of a process that tracks in `folder`, with these variables in its environment."""
-    script = SCRIPT.format(canon=sync_canon.blocks(first)["tracking"], before=before, between=between)
+    script = SCRIPT.format(canon=sync_canon.blocks()["tracking"], before=before, between=between)
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=folder, env=environment(**variables), capture_output=True, text=True, timeout=120
     )
@@ -229,15 +203,15 @@ def offline_sessions(folder):
     return list(folder.glob("clearml/offline/*.zip"))
 
 
-def test_tracking_without_credentials_is_offline(tmp_path, edition):
-    output = track(tmp_path, {}, edition)
+def test_tracking_without_credentials_is_offline(tmp_path):
+    output = track(tmp_path, {})
     assert "ClearML goes offline: It seems ClearML is not configured" in output
     assert len(offline_sessions(tmp_path)) == 1
 
 
-def test_tracking_online(tmp_path, edition):
+def test_tracking_online(tmp_path):
     with ClearMLServer() as server:
-        output = track(tmp_path, keys_of(server.url), edition)
+        output = track(tmp_path, keys_of(server.url))
     calls = [call for call, _ in server.requests]
     assert "goes offline" not in output
     assert "tasks.completed" in calls
@@ -247,31 +221,31 @@ def test_tracking_online(tmp_path, edition):
     assert offline_sessions(tmp_path) == []
 
 
-def test_tracking_with_wrong_keys_goes_offline(tmp_path, edition):
+def test_tracking_with_wrong_keys_goes_offline(tmp_path):
     with ClearMLServer(status=401) as server:
-        output = track(tmp_path, keys_of(server.url), edition)
+        output = track(tmp_path, keys_of(server.url))
     assert "ClearML goes offline: Failed getting token (error 401" in output
     assert len(offline_sessions(tmp_path)) == 1
 
 
-def test_tracking_with_a_closed_server_goes_offline(tmp_path, edition):
-    assert "ClearML goes offline" in track(tmp_path, keys_of(NOWHERE), edition)
+def test_tracking_with_a_closed_server_goes_offline(tmp_path):
+    assert "ClearML goes offline" in track(tmp_path, keys_of(NOWHERE))
     assert len(offline_sessions(tmp_path)) == 1
 
 
-def test_tracking_with_a_silent_server_goes_offline(tmp_path, edition):
+def test_tracking_with_a_silent_server_goes_offline(tmp_path):
     """A server that accepts connections and never answers: one time-out, no hang."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        assert "ClearML goes offline" in track(tmp_path, keys_of(f"http://127.0.0.1:{silent.getsockname()[1]}"), edition)
+        assert "ClearML goes offline" in track(tmp_path, keys_of(f"http://127.0.0.1:{silent.getsockname()[1]}"))
     assert len(offline_sessions(tmp_path)) == 1
 
 
-def test_a_server_that_dies_does_not_hold_the_run_up(tmp_path, edition):
+def test_a_server_that_dies_does_not_hold_the_run_up(tmp_path):
     """finish_tracking() gives up after its patience."""
     with ClearMLServer(dies_after="events.add_batch") as server:
         start = time.monotonic()
         late = "time.sleep(2); task.get_logger().report_scalar('loss', 'train', 0, 99)"
-        output = track(tmp_path, keys_of(server.url), edition, between=late)
+        output = track(tmp_path, keys_of(server.url), between=late)
     assert "the server has stopped answering" in output
     assert time.monotonic() - start < 60
 

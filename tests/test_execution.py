@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests import first_editions, stranger
+from tests import stranger
 from tools import cookbook, sync_canon
 from tools.execute import read_json
 from tools.render import clean_output, pictures
@@ -49,8 +49,7 @@ class Run:
 
 def run(path, folder, **options):
     notebook = stranger.run(path, folder, **SMOKE, **options)
-    facts = cookbook.runtime(notebook) if cookbook.is_first_edition(path) else read_json(folder / "run.json")
-    return Run(path, folder, notebook, facts, read_json(folder / "results.json"))
+    return Run(path, folder, notebook, read_json(folder / "run.json"), read_json(folder / "results.json"))
 
 
 @pytest.fixture(scope="module", params=each(PATHS))
@@ -59,22 +58,17 @@ def smoke(request, tmp_path_factory):
 
 
 def check_result(run, device=""):
-    """It ran in smoke, drew its figures, and told its result, where its edition tells it."""
+    """It ran in smoke, drew its figures, and told its result."""
     assert len(pictures(run.notebook.cells)) >= 3
     assert len(pictures(cookbook.tagged(run.notebook, "picture"))) == 1
     assert run.facts["preset"] == "smoke"
     assert run.facts["device"].startswith(device)
-    if cookbook.is_first_edition(run.path):
-        assert first_editions.numbers(run.notebook)
-    else:
-        assert run.facts["headline"]
-        assert all(record["values"] for record in run.results)
+    assert run.facts["headline"]
+    assert all(record["values"] for record in run.results)
 
 
 def numbers(run):
     """The measured quantities, but for those of time and memory, which differ from run to run."""
-    if cookbook.is_first_edition(run.path):
-        return first_editions.numbers(run.notebook)
     hidden = lambda record: {"values": "measured"} if MEASURED_UNIT.fullmatch(record["unit"]) else {}
     return [{**record, **hidden(record)} for record in run.results]
 

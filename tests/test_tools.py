@@ -22,12 +22,6 @@ HERE = Path(__file__).resolve().parents[1]
 PYPROJECT = """[tool.cookbook]
 repository = "me/old"
 branch = "main"
-
-[tool.cookbook.first_editions.01]
-sentence = "It tests."
-gallery = "A loss."
-alt = "nothing"
-thumbnail = [0, 0, 4, 3]
 """
 TITLE = """# {} · Name
 
@@ -38,12 +32,6 @@ It tests.
 <!-- headline -->
 Not rendered yet.
 <!-- /headline -->"""
-FIRST_SETUP = """# canon: runtime
-import os
-print("preset:", os.environ["COOKBOOK_PRESET"])
-print("device: a test")
-print("versions: x 1")"""
-FIRST_REPORT = 'print("loss", SEED, WIDTH)'
 SETUP = """import json
 import os
 from pathlib import Path
@@ -76,23 +64,23 @@ def figure():
     return nbformat.v4.new_output("display_data", {"image/png": PNG}, metadata=facts)
 
 
-def notebook(number, body, second=True):
-    """A small notebook of the first or second edition: title, parameters, setup, `body`, three figures and a result."""
+def notebook(number, body):
+    """A small notebook: title, parameters, setup, `body`, three figures and a result."""
     return cells(
         nbformat.v4.new_markdown_cell(TITLE.format(number)),
         code('PRESET = "auto"\nSEED = 0\nWIDTH = 1.5\nBACKBONE = "small"\nDEEP = False\nLIMIT = None', "parameters"),
-        SETUP if second else FIRST_SETUP,
+        SETUP,
         body,
         FIGURE,
         FIGURE,
         code(FIGURE, "picture"),
-        code(REPORT) if second else code(FIRST_REPORT, "headline"),
+        code(REPORT),
     )
 
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A repository with 01_first (first edition), 02_second (its third code cell fails) and 08_third."""
+    """A repository with 01_first, 02_second (its third code cell fails) and 08_third."""
     for folder in ("notebooks", "img", "data"):
         (tmp_path / folder).mkdir()
     monkeypatch.setattr(cookbook, "ROOT", tmp_path)
@@ -105,9 +93,7 @@ def repository(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "README.md").write_text("before <!-- gallery -->old<!-- /gallery --> after, on me/old")
     (tmp_path / "pyproject.toml").write_text(PYPROJECT)
-    first = notebook("01", "x = 1", second=False)
-    first.cells[6].outputs = [figure()]
-    nbformat.write(first, tmp_path / "notebooks" / "01_first.ipynb")
+    nbformat.write(notebook("01", "x = 1"), tmp_path / "notebooks" / "01_first.ipynb")
     nbformat.write(notebook("02", "1 / 0"), tmp_path / "notebooks" / "02_second.ipynb")
     nbformat.write(notebook("08", "x = 1"), tmp_path / "notebooks" / "08_third.ipynb")
     return tmp_path
@@ -629,13 +615,6 @@ def test_render_changes_nothing_where_a_cell_fails(repository, monkeypatch):
     assert state(repository) == before
 
 
-def test_render_leaves_first_editions(repository, monkeypatch):
-    before = state(repository)
-    assert call(render, monkeypatch, "--nb", "1") == "01 is a first edition: its outputs stay until its second edition"
-    assert state(repository) == before
-    assert [path.name for path in render.chosen(None)] == ["02_second.ipynb", "08_third.ipynb"]
-
-
 def test_render_refuses_smoke(repository, monkeypatch):
     assert call(render, monkeypatch, "--preset", "smoke") == 2
 
@@ -740,20 +719,18 @@ def test_badges_follow_the_repository(repository, monkeypatch):
 
 
 def test_canon_is_written_into_notebooks(repository, monkeypatch, capsys):
-    """The blocks of its edition, and nothing else changes."""
+    """The blocks, and nothing else changes."""
     path = repository / "notebooks" / "08_third.ipynb"
     third = cookbook.read(path)
     third.cells[3].source = "# canon: setup"
     cookbook.write(third, path)
     assert call(sync_canon, monkeypatch, "--check") == 1
     said = capsys.readouterr().out
-    assert "01_first.ipynb: canon block runtime differs" in said
     assert "08_third.ipynb: canon block setup differs" in said
     assert cookbook.read(path) == third
     assert call(sync_canon, monkeypatch) == 0
     assert call(sync_canon, monkeypatch, "--check") == 0
-    first, done = (cookbook.read(cookbook.find(number)[0]) for number in ("1", "8"))
-    assert first.cells[2].source == sync_canon.blocks(first_edition=True)["runtime"]
+    done = cookbook.read(path)
     assert done.cells[3].source == sync_canon.blocks()["setup"]
     assert done.cells[:3] + done.cells[4:] == third.cells[:3] + third.cells[4:]
 

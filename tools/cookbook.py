@@ -79,12 +79,6 @@ def headline(notebook):
     return " ".join("".join(text_of(cell) for cell in tagged(notebook, "headline")).split())
 
 
-def runtime(notebook):
-    """What the canon runtime cell printed: {"preset": ..., "device": ..., "versions": ...}."""
-    lines = [line for cell in code_cells(notebook) if cell.source.startswith("# canon: runtime") for line in text_of(cell).splitlines()]
-    return {key: value.strip(" ,") for key, _, value in (line.partition(":") for line in lines)}
-
-
 def title(notebook):
     """(heading, one-sentence description) from the first cell."""
     heading, _, rest = notebook.cells[0].source.partition("\n")
@@ -94,15 +88,6 @@ def title(notebook):
 def settings():
     """The table [tool.cookbook] of pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cookbook"]
-
-
-def first_editions():
-    """{number: {"gallery": ..., "thumbnail": ...}} of the notebooks that the rules of the second edition do not hold for yet."""
-    return settings().get("first_editions", {})
-
-
-def is_first_edition(path):
-    return Path(path).name[:2] in first_editions()
 
 
 def badge(path):

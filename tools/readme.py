@@ -1,16 +1,12 @@
 """Write what the README and the title cells take from elsewhere: `make readme` and `make badges REPO=owner/name`.
 
-python -m tools.readme                      the gallery, from the notebooks' metadata, and the first editions' thumbnails in img/
+python -m tools.readme                      the gallery, from the notebooks' metadata
 python -m tools.readme --repository me/fork   the repository's name, in pyproject.toml, the title cells and the README
 """
 
 import argparse
-import base64
 import html
-import io
 import re
-
-from PIL import Image
 
 from tools import cookbook
 
@@ -19,7 +15,6 @@ GALLERY = re.compile(r"(<!-- gallery -->).*?(<!-- /gallery -->)", re.DOTALL)
 BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")
 PICTURE_ALT = re.compile(r'<img [^>]*alt="([^"]*)"')
 USUAL_DEVICE = "x86_64 CPU, 2 threads"
-THUMBNAIL_SIZE = (800, 600)
 
 # A row of the gallery. In a table of HTML the picture's cell keeps its width, which a table of Markdown would squeeze to some
 # 25 pixels; what stands between blank lines is Markdown.
@@ -65,8 +60,6 @@ def colab_url(path):
 
 def told(path, notebook):
     """What the gallery says of a notebook: {"sentence": what it is, "gallery": what came out, "alt": what its picture shows}."""
-    if cookbook.is_first_edition(path):
-        return cookbook.first_editions()[path.name[:2]]
     heading, sentence = cookbook.title(notebook)
     picture = PICTURE_ALT.search(notebook.cells[0].source)
     result = notebook.metadata.get("cookbook", {}).get("gallery", "Not rendered yet.")
@@ -102,61 +95,14 @@ def gallery():
     return f"<table>\n{rows}</table>\n\n{GALLERY_END}"
 
 
-def committed_picture(path):
-    """The last PNG among the outputs of the cell tagged `picture`, as an RGB image on white."""
-    (cell,) = cookbook.tagged(cookbook.read(path), "picture")
-    data = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
-    image = Image.open(io.BytesIO(base64.b64decode(data[-1]))).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
-def pad(image):
-    """The image in the middle of the smallest white 4:3 canvas that holds it."""
-    width = max(image.width, round(image.height * 4 / 3))
-    height = max(image.height, round(image.width * 3 / 4))
-    canvas = Image.new("RGB", (width, height), "white")
-    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
-    return canvas
-
-
-def thumbnail(path):
-    """PNG bytes, 800 x 600 in 256 colours, of the part of a first edition's picture that its box in pyproject.toml cuts out.
-
-    Raises ValueError where the box [left, top, right, bottom], in pixels, is empty or sticks out of the picture.
-    """
-    picture = committed_picture(path)
-    box = cookbook.first_editions()[path.name[:2]]["thumbnail"]
-    left, top, right, bottom = box
-    if not (0 <= left < right <= picture.width and 0 <= top < bottom <= picture.height):
-        raise ValueError(f"the thumbnail {box} does not fit into the picture of {path.name}, {picture.width} x {picture.height} pixels")
-    small = pad(picture.crop(box)).resize(THUMBNAIL_SIZE, Image.Resampling.LANCZOS)
-    target = io.BytesIO()
-    small.quantize(256, dither=Image.Dither.NONE).save(target, "png", optimize=True)
-    return target.getvalue()
-
-
-def write_thumbnails():
-    """Write img/ for the first editions; the others make their thumbnails themselves."""
-    for path in cookbook.find():
-        if cookbook.is_first_edition(path):
-            (cookbook.ROOT / "img" / f"{path.stem}.png").write_bytes(thumbnail(path))
-
-
 def update():
-    """Rewrite the gallery and the first editions' thumbnails."""
-    write_thumbnails()
+    """Rewrite the gallery."""
     README.write_text(GALLERY.sub(lambda m: f"{m[1]}\n{gallery()}\n{m[2]}", README.read_text()))
 
 
 def renamed_title(path, source):
-    """A title cell's source with the badge and the picture's address of the repository that pyproject.toml names.
-
-    A first edition has no picture in its title: nothing but its badge may change.
-    """
+    """A title cell's source with the badge and the picture's address of the repository that pyproject.toml names."""
     source = BADGE.sub(lambda _: cookbook.badge(path), source)
-    if cookbook.is_first_edition(path):
-        return source
     picture = rf"https://raw\.githubusercontent\.com/[^\s()\"]+/{re.escape(path.stem)}\.png"
     return re.sub(picture, lambda _: picture_url(path), source)
 

@@ -158,18 +158,9 @@ def render(path, preset):
     stamp(path, execution.notebook, execution.folder, execution.minutes)
 
 
-def chosen(number):
-    """Paths of the notebooks to render; exits where the one that is named is a first edition."""
-    paths = cookbook.find(number)
-    kept = [path for path in paths if cookbook.is_first_edition(path)]
-    if number and kept:
-        raise SystemExit(f"{kept[0].name[:2]} is a first edition: its outputs stay until its second edition")
-    return [path for path in paths if path not in kept]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nb", help="number of one notebook; default: all of the second edition")
+    parser.add_argument("--nb", help="number of one notebook; default: all")
     parser.add_argument("--preset", default="cpu", choices=RENDERED_PRESETS)
     parser.add_argument("--executed", type=Path, metavar="COPY.ipynb", help="an executed copy, instead of a run here")
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="where its run.json and results.json lie")
@@ -179,12 +170,12 @@ def main():
     if not arguments.executed:
         if arguments.run or arguments.minutes:
             parser.error("--run and --minutes belong to --executed")
-        for path in chosen(arguments.nb):
+        for path in cookbook.find(arguments.nb):
             render(path, arguments.preset)
     elif not arguments.nb:
         parser.error("--executed needs --nb")
     else:
-        (path,) = chosen(arguments.nb)
+        (path,) = cookbook.find(arguments.nb)
         stamp(path, cookbook.read(arguments.executed), arguments.run or arguments.executed.parent, arguments.minutes)
     readme.update()
 

@@ -1,7 +1,7 @@
 """Write the canon blocks of tools/canon/ into every notebook: `make canon`. `--check` only says which copies differ.
 
 A block begins with a line `# @title ...`, which Colab shows in place of the collapsed cell, and a line `# canon: name`; a new notebook
-carries the second line alone until `make canon` fills the cell. Those of first editions, in tools/canon/first_editions, have no title.
+carries the second line alone until `make canon` fills the cell.
 """
 
 import argparse
@@ -13,10 +13,9 @@ CANON = cookbook.ROOT / "tools" / "canon"
 COLLAPSED = {"cellView": "form", "jupyter": {"source_hidden": True}}  # in Colab; in JupyterLab and VS Code
 
 
-def blocks(first_edition=False):
+def blocks():
     """{name: source} of the canon blocks."""
-    folder = CANON / "first_editions" if first_edition else CANON
-    return {path.stem: path.read_text(encoding="utf-8").rstrip("\n") for path in sorted(folder.glob("*.py"))}
+    return {path.stem: path.read_text(encoding="utf-8").rstrip("\n") for path in sorted(CANON.glob("*.py"))}
 
 
 def name_of(cell):
@@ -34,23 +33,21 @@ def is_collapsed(cell):
     return all(cell.metadata.get(key) == value for key, value in COLLAPSED.items())
 
 
-def differing(notebook, path):
-    """[(name, cell)] whose source is not that of the block, or whose metadata do not collapse it (first editions aside)."""
-    first = cookbook.is_first_edition(path)
-    known = blocks(first)
-    return [(name, cell) for name, cell in canon_cells(notebook) if cell.source != known.get(name) or not (first or is_collapsed(cell))]
+def differing(notebook):
+    """[(name, cell)] whose source is not that of the block, or whose metadata do not collapse it."""
+    known = blocks()
+    return [(name, cell) for name, cell in canon_cells(notebook) if cell.source != known.get(name) or not is_collapsed(cell)]
 
 
 def fill(notebook, path):
     """Put the blocks into the cells marked as canon, collapsed; returns the names of those that differed. SystemExit for an unknown one."""
-    known = blocks(cookbook.is_first_edition(path))
-    changed = differing(notebook, path)
+    known = blocks()
+    changed = differing(notebook)
     for name, cell in changed:
         if name not in known:
             raise SystemExit(f"{path.name}: there is no canon block {name!r}; there are: {', '.join(known)}")
         cell.source = known[name]
-        if not cookbook.is_first_edition(path):
-            cell.metadata.update(COLLAPSED)
+        cell.metadata.update(COLLAPSED)
     return [name for name, _ in changed]
 
 
@@ -61,7 +58,7 @@ def main():
     failed = False
     for path in [*cookbook.find(), *cookbook.miniatures()]:
         notebook = cookbook.read(path)
-        names = [name for name, _ in differing(notebook, path)] if check else fill(notebook, path)
+        names = [name for name, _ in differing(notebook)] if check else fill(notebook, path)
         for name in names:
             print(f"{path.name}: canon block {name} {'differs' if check else 'updated'}")
         failed |= check and bool(names)

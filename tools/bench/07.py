@@ -126,7 +126,7 @@ print(f"import {{imported - start:.2f}} s, all the rest {{time.perf_counter() - 
 
 def bench_tracking():
     """Seconds that importing ClearML, starting, 1,000 scalars and closing take offline, by the notebook's block."""
-    script = TRACKING.format(canon=sync_canon.blocks(cookbook.is_first_edition(PATH))["tracking"])
+    script = TRACKING.format(canon=sync_canon.blocks()["tracking"])
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CLEARML")}
     command = [sys.executable, "-c", script]
     with tempfile.TemporaryDirectory() as folder:
