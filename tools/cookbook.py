@@ -74,11 +74,6 @@ def text_of(cell):
     return "".join(output.text for output in cell.outputs if output.output_type == "stream" and output.name == "stdout")
 
 
-def headline(notebook):
-    """The result in one line, as the cell tagged `headline` printed it; empty before a run."""
-    return " ".join("".join(text_of(cell) for cell in tagged(notebook, "headline")).split())
-
-
 def title(notebook):
     """(heading, one-sentence description) from the first cell."""
     heading, _, rest = notebook.cells[0].source.partition("\n")

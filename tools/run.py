@@ -118,7 +118,7 @@ def report(path, preset, execution, start):
     if execution.error or preset == "smoke":
         return
     facts = read_json(execution.folder / "run.json") or {}
-    headline = facts.get("headline") or cookbook.headline(execution.notebook)
+    headline = facts.get("headline", "")
     for line in textwrap.wrap(headline, shutil.get_terminal_size().columns - 3):
         say(f"  {line}")
 
