@@ -495,6 +495,13 @@ def sound_code(notebook, path):
 
 
 @rule
+def nothing_left_to_write(notebook, path):
+    """No placeholder in prose: a note to oneself, a table's cell of one word in capitals."""
+    for found in re.findall(r"\(answer\)|\b(?:TODO|FIXME|XXX)\b|\|\s*[A-Z]{4,}\s*(?=\|)", markdown_of(notebook)):
+        yield f"still to be written: {found}"
+
+
+@rule
 def github_markdown(notebook, path):
     """Mathematics and pictures that GitHub renders."""
     text = markdown_of(notebook)
