@@ -336,8 +336,9 @@ def size(notebook, path):
 
 @rule
 def not_stale(notebook, path):
-    """The outputs were made by this code."""
-    if notebook.metadata.get("cookbook", {}).get("code_sha256") != cookbook.code_hash(notebook):
+    """The outputs were made by this code, as their preset runs it."""
+    facts = notebook.metadata.get("cookbook", {})
+    if facts.get("code_sha256") != cookbook.code_hash(notebook, facts.get("preset")):
         yield "the code changed since the outputs were made: make render"
 
 

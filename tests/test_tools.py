@@ -495,7 +495,7 @@ def test_render_writes_outputs_facts_title_picture_and_gallery(repository, monke
         "results": RESULTS,
         "minutes": facts["minutes"],
         "date": facts["date"],
-        "code_sha256": cookbook.code_hash(done),
+        "code_sha256": cookbook.code_hash(done, "cpu"),
     }
     assert facts["minutes"] >= 0
     assert f"<!-- headline -->\n{readme.result_line(done)}\n<!-- /headline -->" in done.cells[0].source
@@ -705,6 +705,28 @@ def test_stale_guard(elsewhere, monkeypatch):
     assert list(RULES["not_stale"](done, path)) == []
     done.cells[3].source += "\nx = 1"
     assert list(RULES["not_stale"](done, path)) != []
+
+
+def test_code_hash_of_a_preset_forgets_what_others_choose():
+    """The outputs of a run stay valid where only sizes of another preset change; all else counts, comments too."""
+    notebook = nbformat.v4.new_notebook()
+    source = 'é = choose(smoke=(1, 2), cpu=3, gpu=choose(smoke=0, cpu=1, gpu=4)) + 5  # "as"\nf(choose(\n    smoke=6, cpu=7, gpu=8), 9)'
+
+    def hashed(preset, old="", new=""):
+        assert old in source
+        notebook.cells = [nbformat.v4.new_code_cell(source.replace(old, new))]
+        return cookbook.code_hash(notebook, preset)
+
+    assert cookbook.in_preset(source, "cpu") == 'é = (3) + 5  # "as"\nf((7), 9)'
+    assert cookbook.in_preset(source, "gpu") == 'é = ((4)) + 5  # "as"\nf((8), 9)'
+    assert cookbook.in_preset("%magic\nx = choose(cpu=1)", "cpu") == "%magic\nx = choose(cpu=1)"
+    assert cookbook.in_preset("choose(smoke=1)", "gpu") == "choose(smoke=1)"
+    assert hashed("cpu", "smoke=(1, 2)", "smoke=(7, 8, 9)") == hashed("cpu") != hashed("gpu")
+    assert hashed("cpu", "cpu=3", "cpu=2") != hashed("cpu")
+    assert hashed("cpu", "cpu=7", "cpu=8") != hashed("cpu")
+    assert hashed("cpu", "as", "was") != hashed("cpu")
+    assert hashed("gpu", "gpu=4", "gpu=5") != hashed("gpu")
+    assert hashed(None, "smoke=6", "smoke=7") != hashed(None)
 
 
 # --- names, canon, benchmarks

@@ -1,6 +1,7 @@
 """What the maintainers' scripts and the tests share: finding, reading and writing notebooks, and what a notebook says of itself."""
 
 import argparse
+import ast
 import hashlib
 import re
 import tomllib
@@ -64,9 +65,44 @@ def tagged(notebook, tag):
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-def code_hash(notebook):
-    """Hash of what is executed: the sources of the code cells, in order."""
-    return hashlib.sha256("\0".join(cell.source for cell in code_cells(notebook)).encode()).hexdigest()
+def in_preset(source, preset):
+    """The source of a cell with every `choose(smoke=..., cpu=..., gpu=...)` replaced by what it gives in this preset.
+
+    A cell with magics stays as it is.
+    """
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return source
+    raw = source.encode()  # syntax trees count in bytes
+    starts = [0, *(place.end() for place in re.finditer(b"\n", raw))]
+    place = lambda line, column: starts[line - 1] + column
+    pieces, end = [], 0
+    for node in sorted(filter(is_choice, ast.walk(tree)), key=lambda node: (node.lineno, node.col_offset)):
+        start = place(node.lineno, node.col_offset)
+        chosen = {keyword.arg: keyword.value for keyword in node.keywords}.get(preset)
+        if start < end or chosen is None:  # within another choice, or none of this preset
+            continue
+        value = ast.get_source_segment(source, chosen)
+        pieces += [raw[end:start].decode(), in_preset(f"({value})", preset)]
+        end = place(node.end_lineno, node.end_col_offset)
+    return "".join(pieces) + raw[end:].decode()
+
+
+def is_choice(node):
+    """Whether a node of a syntax tree is a call of `choose`."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "choose"
+
+
+def code_hash(notebook, preset=None):
+    """Hash of what is executed: the sources of the code cells, in order.
+
+    preset: of what is executed *in this preset*, so that an edit to what others choose leaves it as it was.
+    """
+    sources = [cell.source for cell in code_cells(notebook)]
+    if preset is not None:
+        sources = [in_preset(source, preset) for source in sources]
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
 def text_of(cell):

@@ -4,7 +4,7 @@
     python -m tools.render --nb 08 --executed COPY.ipynb [--run FOLDER] [--minutes 25]
 
 Writes the outputs, in the metadata what they belong to (preset, device, minutes, versions, results, hash of the code
-cells), the headline into the title, the picture into img/, and the gallery of the README. --executed takes all that
+cells as that preset runs them), the headline into the title, the picture into img/, and the gallery of the README. --executed takes all that
 from a run on another machine: the executed copy, and the folder with its run.json and results.json, by default that of
 the copy. Where anything lacks, all stays as it is.
 """
@@ -138,7 +138,7 @@ def stamp(path, executed, folder, minutes=None):
         "minutes": round(minutes, 1),
         "date": datetime.date.today().isoformat(),
         "results": results,
-        "code_sha256": cookbook.code_hash(notebook),
+        "code_sha256": cookbook.code_hash(notebook, facts["preset"]),
     }
     line = readme.result_line(notebook)
     notebook.cells[0].source = cookbook.HEADLINE.sub(lambda m: f"{m[1]}\n{line}\n{m[2]}", notebook.cells[0].source)
