@@ -298,11 +298,27 @@ def test_every_corruption_keeps_shape_and_gets_stronger(nb10):
 
 
 def test_corrupted_has_all_in_bytes_and_repeats(nb10):
-    images = (255 * torch.rand(2, 3, 32, 32, generator=generator())).byte()
+    images = (255 * torch.rand(12, 3, 32, 32, generator=generator())).byte()
     first, second = nb10.corrupted(images, 3), nb10.corrupted(images, 3)
-    assert first.shape == (14, 5, 2, 3, 32, 32)
+    assert first.shape == (14, 12, 3, 32, 32)
     assert first.dtype == torch.uint8
     assert torch.equal(first, second)
+
+
+def test_each_strength_has_its_fifth_of_the_pictures(nb10):
+    images = (255 * torch.rand(12, 3, 32, 32, generator=generator())).byte()
+    found = nb10.corrupted(images, 3)
+    for n, (function, strengths) in enumerate(nb10.CORRUPTIONS.values()):
+        for m, strength in enumerate(strengths):
+            expected = function(images[m::5].float() / 255, strength, np.random.default_rng([3, n, m]))
+            difference = 255 * expected.clamp(0, 1) - found[n, m::5].float()
+            assert difference.abs().max() <= 0.5 + 1e-4
+
+
+def test_corrupted_pictures_of_one_strength_have_draws_of_their_own(nb10):
+    gray = torch.full((10, 3, 32, 32), 128, dtype=torch.uint8)
+    noise = nb10.corrupted(gray, 0)[0]
+    assert len({bytes(picture.flatten().tolist()) for picture in noise}) == 10
 
 
 def test_noises(nb10):
@@ -600,8 +616,8 @@ def test_best_rate_is_chosen_on_the_validation_pictures(nb10):
     best = {"a": 0.3, "b": 0.03}
     recipes = {name: nb10.Recipe(smoothing=n / 10) for n, name in enumerate(best)}
 
-    def fit(recipe, pictures, steps, seed):
-        assert (pictures["judge"], steps, seed) == ("held out", 7, 100)
+    def fit(recipe, pictures, steps, seed, looks):
+        assert (pictures["judge"], steps, seed, looks) == ("held out", 7, 100, 1)
         wanted = best["ab"[round(10 * recipe.smoothing)]]
         return None, {"judge": [-abs(math.log(recipe.learning_rate / wanted))]}
 
@@ -622,12 +638,26 @@ def test_compared_is_paired_over_pictures_and_counts_seeds(nb10):
     assert nb10.compared(second, first)[:3] == pytest.approx((-mean, -high, -low))
 
 
+def test_percents_are_one_for_each_seed(nb10):
+    right = torch.tensor([[True, False, False, False], [True, True, True, False]])
+    assert nb10.percents(right) == [25.0, 75.0]
+    assert nb10.percents(torch.tensor([[-0.5, 0.25]])) == [-12.5]
+
+
+def test_answers_come_batch_by_batch_in_order(nb10, small):
+    images = torch.randint(256, (250, 3, 32, 32), generator=generator(), dtype=torch.uint8)
+    model = nb10.Network(small).train()
+    found = nb10.answers(model, images)
+    assert not model.training
+    torch.testing.assert_close(found, model(images.float() / 255).detach(), atol=1e-5, rtol=1e-4)
+
+
 def test_shares_average_over_the_corruptions_asked_for(nb10):
-    right = torch.zeros(14, 5, 2, dtype=torch.bool)
-    right[1, :, 0] = True
-    right[3, :2, 1] = True
+    right = torch.zeros(14, 2, dtype=torch.bool)
+    right[1] = True
+    right[3, 0] = True
     found = nb10.shares([{"corrupted": right}], "corrupted", [1, 3])
-    torch.testing.assert_close(found, torch.tensor([[0.5, 0.2]]))
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.5]]))
     clean = torch.tensor([[True, False]])
     torch.testing.assert_close(nb10.shares([{"clean": clean}] * 2, "clean", [0]), torch.tensor([[1.0, 0.0]] * 2))
 
@@ -644,13 +674,13 @@ def test_groups_hold_the_corruptions_they_name(nb10):
 def test_examined(nb10, small, bright):
     weights, log = nb10.train(nb10.Recipe(), small, bright, 60, 0)
     images, labels = bright["judge"]
-    darker = torch.stack([images, images // 2]).unsqueeze(1).expand(-1, 5, -1, -1, -1, -1)
+    darker = torch.stack([images, images // 2])
     pictures = {"test": bright["judge"], "validation": bright["judge"], "corrupted": (darker, labels)}
     found = nb10.examined(weights, small, pictures)
     assert 100 * float(found["clean"].float().mean()) == pytest.approx(log["judge"][-1])
-    assert found["corrupted"].shape == (2, 5, 50)
-    assert torch.equal(found["corrupted"][0, 3], found["clean"][0])
-    assert torch.equal(found["corrupted"][1, 0], nb10.rights(small, weights, images // 2, labels))
+    assert found["corrupted"].shape == (2, 50)
+    assert torch.equal(found["corrupted"][0], found["clean"][0])
+    assert torch.equal(found["corrupted"][1], nb10.rights(small, weights, images // 2, labels))
     model = nb10.with_weights(small, weights, "cpu")
     logits = nb10.answers(model, images)
     torch.testing.assert_close(logits, model((images / 255).float()).detach())
@@ -692,8 +722,8 @@ def test_two_more_and_two_by_augmix(nb10, x, monkeypatch):
 
 
 def test_lost_is_counted_on_the_same_pictures(nb10):
-    verdict = {"clean": torch.tensor([[True, True, False, True]]), "corrupted": torch.zeros(14, 5, 2, dtype=torch.bool)}
-    verdict["corrupted"][:, :, 0] = True
+    verdict = {"clean": torch.tensor([[True, True, False, True]]), "corrupted": torch.zeros(14, 2, dtype=torch.bool)}
+    verdict["corrupted"][:, 0] = True
     found = nb10.by_group([verdict])
     torch.testing.assert_close(found["corrupted less clean"], torch.tensor([[0.0, -1.0]]))
     torch.testing.assert_close(found["clean"], torch.tensor([[1.0, 1, 0, 1]]))
