@@ -216,6 +216,14 @@ def test_random_operation_draws_all_alike_and_passes_levels(nb10, monkeypatch):
     assert scipy.stats.binomtest(int((seen["rotate"] > 0).sum()), len(seen["rotate"]), 0.5).pvalue > 1e-3
 
 
+def test_random_operation_gives_every_picture_its_own_back(nb10, monkeypatch):
+    monkeypatch.setitem(nb10.OPERATIONS, "posterize", lambda x, level: x / 2)
+    monkeypatch.setitem(nb10.OPERATIONS, "rotate", lambda x, level: x / 4)
+    x = torch.linspace(0.1, 1, 60).view(60, 1, 1, 1)
+    share = nb10.random_operation(x, ["posterize", "rotate"], torch.ones(60), generator()) / x
+    assert set(share.flatten().tolist()) == {0.25, 0.5}
+
+
 @pytest.mark.parametrize("width", [2, 3])
 def test_augmix_is_the_mixture_of_its_chains(nb10, monkeypatch, width):
     """With an operation that adds 0.1 a picture of 0 becomes 0.1 * share * mean depth of the chains by their weights."""
