@@ -992,6 +992,14 @@ def test_judged(nb11):
     assert "minus dense, seeds" not in nb11.judged(runs, "control", "control", [1, 2])
 
 
+def test_difference_as_text(nb11):
+    first = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [0, 1, 0, 0]]).bool()
+    second = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    means = 100 * (first.double() - second.double()).mean(0).numpy()
+    half = scipy.stats.t.ppf(0.975, 3) * scipy.stats.sem(means)
+    assert nb11.difference(first, second) == f"{means.mean():+.1f} [{means.mean() - half:+.1f}, {means.mean() + half:+.1f}], 2"
+
+
 def test_shuffled_masks(nb11):
     masks = [torch.rand(20, 10, generator=generator(1)) < 0.3, torch.rand(5, 4, 3, generator=generator(2)) < 0.8]
     dealt = nb11.shuffled_masks(masks, 6)
@@ -1024,7 +1032,7 @@ def test_lenet(nb11):
 @pytest.fixture
 def digits():
     draws, found = generator(4), {}
-    for name, count in (("train", 200), ("test", 100)):
+    for name, count in (("train", 200), ("test", 100), ("validation", 70)):
         labels = torch.randint(10, (count,), generator=draws)
         found[name] = (torch.rand(count, 784, generator=draws) * 0.1 + F.one_hot(labels, 784), labels)
     return found
@@ -1059,6 +1067,9 @@ def test_lottery(nb11, digits):
             fresh = nb11.train_digits(nb11.lenet(100), masks, digits, 5, 0)[1]
             mixed = nb11.train_digits(begin, nb11.shuffled_masks(masks, 0), digits, 5, 0)[1]
             assert (row["ticket"], row["fresh"], row["shuffled"]) == (accuracy, fresh, mixed)
+            images, labels = digits["validation"]
+            assert row["validation"] == pytest.approx(100 * float((model(images).argmax(1) == labels).float().mean()))
+            assert row["validation"] != accuracy
         masks = nb11.ticket_masks(model, masks)
 
 
