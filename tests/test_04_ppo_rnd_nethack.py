@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import cloudpickle
 import gymnasium
 import numpy as np
 import pytest
@@ -806,8 +807,17 @@ def test_an_error_ends_the_rest(nb04, tmp_path, monkeypatch):
     assert closed == [{"wait": True, "kill_workers": True}]
 
 
-def test_a_process_of_its_own_gives_the_same(nb04):
-    assert nb04.elsewhere(divmod, 7, 2) == (3, 1)
+def test_processes_of_their_own_give_the_same(nb04, tmp_path, monkeypatch):
+    """Two at once in processes, as in a kernel, where definitions travel by value, equal one after the other in this one."""
+    monkeypatch.setattr(nb04.os, "cpu_count", lambda: 2)
+    runs = [small(nb04, steps=64, seed=seed)[0] for seed in (1, 2, 3)]
+    cloudpickle.register_pickle_by_value(nb04)
+    try:
+        found = nb04.trained(runs, small(nb04)[1], tmp_path, "test")
+    finally:
+        cloudpickle.unregister_pickle_by_value(nb04)
+    for run in runs:
+        assert found[run]["history"] == nb04.train(run, small(nb04)[1], CPU)["history"]
 
 
 # choice of levels
@@ -944,6 +954,14 @@ def test_steps_to(nb04, monkeypatch):
     assert nb04.steps_to(history([0.9, 0.5, 0.9], [3, 6, 9])) == 30  # not before the window is full
     assert nb04.steps_to(history([0.9], [5])) == 10
     assert nb04.steps_to(history([0.1, 0.79])) is None
+
+
+def test_a_run_that_never_gets_there_is_never_counted(nb04, monkeypatch):
+    monkeypatch.setattr(nb04, "WINDOW", 5)
+    found = {run: {"history": history(success)} for run, success in enumerate(([0.1, 0.8], [0.9, 0.2], [0.1, 0.1], [0.8, 0.9]))}
+    reached = nb04.measured([[0, 1], [2, 3]], found, nb04.steps_to)
+    np.testing.assert_array_equal(reached, [[20, 10], [np.nan, 10]])
+    assert [(reached <= limit).sum() for limit in (9, 10, 19, 20, np.inf)] == [0, 2, 2, 3, 3]
 
 
 def tuned(notebook):
