@@ -720,7 +720,9 @@ def test_code_hash_of_a_preset_forgets_what_others_choose():
     assert cookbook.in_preset(source, "cpu") == 'é = (3) + 5  # "as"\nf((7), 9)'
     assert cookbook.in_preset(source, "gpu") == 'é = ((4)) + 5  # "as"\nf((8), 9)'
     assert cookbook.in_preset("%magic\nx = choose(cpu=1)", "cpu") == "%magic\nx = choose(cpu=1)"
-    assert cookbook.in_preset("choose(smoke=1)", "gpu") == "choose(smoke=1)"
+    for kept in ("choose(smoke=1)", "choose(smoke=torch.rand(1), gpu=2)", "choose(smoke=(x := 1), gpu=2)"):
+        assert cookbook.in_preset(kept, "gpu") == kept
+    assert cookbook.in_preset("choose(smoke=choose(smoke=1, gpu=2), gpu=f(3))", "gpu") == "(f(3))"
     assert hashed("cpu", "smoke=(1, 2)", "smoke=(7, 8, 9)") == hashed("cpu") != hashed("gpu")
     assert hashed("cpu", "cpu=3", "cpu=2") != hashed("cpu")
     assert hashed("cpu", "cpu=7", "cpu=8") != hashed("cpu")

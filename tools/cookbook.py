@@ -68,7 +68,8 @@ def tagged(notebook, tag):
 def in_preset(source, preset):
     """The source of a cell with every `choose(smoke=..., cpu=..., gpu=...)` replaced by what it gives in this preset.
 
-    A cell with magics stays as it is.
+    Where values for other presets do more than stand there, such as calling a function, which may draw random numbers,
+    the call stays as it is; so does a cell with magics.
     """
     try:
         tree = ast.parse(source)
@@ -76,22 +77,28 @@ def in_preset(source, preset):
         return source
     raw = source.encode()  # syntax trees count in bytes
     starts = [0, *(place.end() for place in re.finditer(b"\n", raw))]
-    place = lambda line, column: starts[line - 1] + column
     pieces, end = [], 0
     for node in sorted(filter(is_choice, ast.walk(tree)), key=lambda node: (node.lineno, node.col_offset)):
-        start = place(node.lineno, node.col_offset)
-        chosen = {keyword.arg: keyword.value for keyword in node.keywords}.get(preset)
-        if start < end or chosen is None:  # within another choice, or none of this preset
+        start = starts[node.lineno - 1] + node.col_offset
+        values = {keyword.arg: keyword.value for keyword in node.keywords}
+        chosen = values.pop(preset, None)
+        if start < end or chosen is None or not all(map(does_nothing, values.values())):  # start < end: within another choice
             continue
         value = ast.get_source_segment(source, chosen)
         pieces += [raw[end:start].decode(), in_preset(f"({value})", preset)]
-        end = place(node.end_lineno, node.end_col_offset)
+        end = starts[node.end_lineno - 1] + node.end_col_offset
     return "".join(pieces) + raw[end:].decode()
 
 
 def is_choice(node):
     """Whether a node of a syntax tree is a call of `choose`."""
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "choose"
+
+
+def does_nothing(value):
+    """Whether to evaluate an expression calls nothing but `choose` and gives nothing a name."""
+    nodes = list(ast.walk(value))
+    return all(is_choice(node) for node in nodes if isinstance(node, ast.Call)) and not any(isinstance(n, ast.NamedExpr) for n in nodes)
 
 
 def code_hash(notebook, preset=None):
