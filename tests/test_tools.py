@@ -707,6 +707,20 @@ def test_stale_guard(elsewhere, monkeypatch):
     assert list(RULES["not_stale"](done, path)) != []
 
 
+def test_stale_guard_lets_other_presets_change(elsewhere, monkeypatch):
+    from tests.rules import RULES
+
+    path, executed, folder = elsewhere
+    executed.cells[3].source += "\nx = choose(smoke=1, cpu=2, gpu=3)"
+    cookbook.write(executed, path)
+    cookbook.write(executed, folder / "08_third.ipynb")
+    call(render, monkeypatch, "--nb", "8", "--executed", str(folder / "08_third.ipynb"))
+    done = cookbook.read(path)
+    for old, new, stale in (("smoke=1", "smoke=5", False), ("cpu=2", "cpu=5", False), ("gpu=3", "gpu=5", True)):
+        done.cells[3].source = done.cells[3].source.replace(old, new)
+        assert bool(list(RULES["not_stale"](done, path))) == stale
+
+
 def test_code_hash_of_a_preset_forgets_what_others_choose():
     """The outputs of a run stay valid where only sizes of another preset change; all else counts, comments too."""
     notebook = nbformat.v4.new_notebook()
