@@ -854,11 +854,6 @@ def test_pace_is_of_one_step_of_the_generator_without_looks(nb12, monkeypatch):
     assert nb12.pace_of(ways, game, None, "cpu") == {"a": 2.0, "b": 5.0}
 
 
-def test_versus_is_paired(nb12):
-    assert nb12.versus([1.0, 2.0], [1.0, 3.0], 1) == "-0.5 [-6.9, +5.9]"  # 12.706 deviations of 0.5
-    assert nb12.versus([1.0, 2.0], [0.5, 1.5]) == "+0.50 [+0.50, +0.50]"
-
-
 def test_sheet_lays_pictures_out_by_rows(nb12):
     shown = {}
     axis = SimpleNamespace(imshow=lambda x, **how: shown.update(how, x=x), set_title=lambda text: None, axis=lambda kind: None)
