@@ -841,12 +841,13 @@ def test_tuned_takes_the_best_rate_of_each(nb03, small):
 
     rates = (0.1, 0.2, 0.4)
     variants = {"a": {"kind": "wide"}, "b": {"kind": "ordinary", "head_norm": True}}
-    chosen, tried = nb03.tuned(variants, fit, replace(small, steps=20), 77, min, rates, 0.25)
-    assert sorted(calls) == sorted((kind, rate, 5, 77) for kind in ("wide", "ordinary") for rate in rates)
+    chosen, tried = nb03.tuned(variants, fit, replace(small, steps=20), (77, 78), min, rates, 0.25)
+    expected = itertools.product(("wide", "ordinary"), rates, (5,), (77, 78))
+    assert sorted(calls) == sorted(expected)
     assert chosen["a"] == replace(small, steps=20, kind="wide", learning_rate=0.1)
     assert chosen["b"] == replace(small, steps=20, kind="ordinary", head_norm=True, learning_rate=0.4)
     assert tried.loc["b"].tolist() == pytest.approx([0.3, 0.2, 0.0])
-    assert nb03.tuned(variants, fit, small, 77, max, rates, 1)[0]["a"].learning_rate == 0.4
+    assert nb03.tuned(variants, fit, small, (77,), max, rates, 1)[0]["a"].learning_rate == 0.4
 
 
 @pytest.mark.parametrize("best", [min, max])
@@ -856,9 +857,17 @@ def test_a_rate_that_diverges_is_not_chosen(nb03, small, best):
             raise RuntimeError("the loss diverged before step 3: lower learning_rate 0.2")
         return {"found": {"validation": run.learning_rate}}
 
-    chosen, tried = nb03.tuned({"a": {}}, fit, small, 0, best, (0.1, 0.2, 0.4), 1)
+    chosen, tried = nb03.tuned({"a": {}}, fit, small, (0, 1), best, (0.1, 0.2, 0.4), 1)
     assert chosen["a"].learning_rate == {min: 0.1, max: 0.4}[best]
     assert math.isinf(tried.loc["a", "rate 0.2"])
+
+
+def test_rates_are_chosen_by_the_mean_over_seeds(nb03, small):
+    found = {(0.1, 0): 0.9, (0.1, 1): 0.1, (0.2, 0): 0.4, (0.2, 1): 0.4}
+    fit = lambda run, seed: {"found": {"validation": found[run.learning_rate, seed]}}
+    chosen, tried = nb03.tuned({"a": {}}, fit, small, (0, 1), min, (0.1, 0.2), 1)
+    assert chosen["a"].learning_rate == 0.2
+    assert tried.loc["a"].tolist() == [0.5, 0.4]
 
 
 def test_pairs_table(nb03, small):
