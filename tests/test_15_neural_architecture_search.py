@@ -153,6 +153,14 @@ def test_searched_cell_with_one_hot_weights_is_the_cell(nb15):
         torch.testing.assert_close(searched(x, torch.tensor(nb15.one_hot(genotype, THREE))), values[3])
 
 
+def test_an_edge_that_is_dropped_passes_nothing(nb15):
+    """Not even the channels that go round the operations."""
+    part, x = nb15.partial_edge(2, 4, THREE), torch.randn(2, 4, 5, 5)
+    (weights,) = nb15.one_hot(("none",), THREE)
+    assert weights == [0, 0, 0]
+    assert part(x, weights).abs().max() == 0
+
+
 def test_mixed_cell_by_a_loop(nb15):
     torch.manual_seed(3)
     searched, x = nb15.Cell(3, None, 3, THREE), torch.randn(2, 3, 4, 4)
@@ -687,7 +695,7 @@ def table(nb15):
     logs = {}
     for n, key in enumerate(classes):
         if key:
-            logs |= {(n, s): {"validation": 20.0 + n + s, "test": 30.0 + 2 * n - s} for s in (0, 1)}
+            logs |= {(n, s): {"validation": 20.0 + n + s, "test": 30.0 + 2 * n - s, "seconds": n + s} for s in (0, 1)}
     return classes, nb15.Truth(classes, logs, (0, 1))
 
 
@@ -697,6 +705,7 @@ def test_truth_holds_the_table(nb15):
     assert truth.test[:, 0].tolist() == [10, 10]  # the cells of output 0
     assert truth.test[:, 3].tolist() == [36, 35]
     assert truth.validation[:, 3].tolist() == [23, 24]
+    assert truth.seconds[:4].tolist() == [0, 1.5, 2.5, 3.5]  # a cell of output 0 costs nothing
     assert truth.best == 45.5
     for n, part in enumerate(classes.values()):
         for genotype in part:
@@ -720,12 +729,6 @@ def test_random_regret_draws_by_the_counts(nb15):
     only[4] = 5
     expected = truth.best - truth.test[:, 4].mean()
     assert nb15.random_regret(3, truth, only) == pytest.approx((expected, expected, expected))
-
-
-def test_versus_is_paired(nb15):
-    mean, low, high = -0.5, -0.5 - 12.7062 * 0.5, -0.5 + 12.7062 * 0.5
-    assert nb15.versus([1.0, 2.0], [1.0, 3.0]) == f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-    assert nb15.versus([1.0, 2.0], [0.5, 1.5], 2) == "+0.50 [+0.50, +0.50]"
 
 
 def test_random_regret_reports_the_other_seed(nb15):
