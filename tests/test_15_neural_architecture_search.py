@@ -731,6 +731,17 @@ def test_random_regret_draws_by_the_counts(nb15):
     assert nb15.random_regret(3, truth, only) == pytest.approx((expected, expected, expected))
 
 
+def test_a_cost_buys_fewer_of_the_dear_and_more_of_the_cheap(nb15):
+    _, truth = table(nb15)
+    mean = truth.counts @ truth.seconds / 27
+    for cheap, dear in ((1, 3), (2, 7)):
+        counts = np.zeros(9, int)
+        counts[[cheap, dear]] = 1
+        k = 2.5 * mean / truth.seconds[[cheap, dear]].mean()
+        picked = [nb15.best_of(k, truth.validation[a], truth.test[b], counts)[0] for a, b in ((0, 1), (1, 0))]
+        assert nb15.random_regret(2.5, truth, counts)[0] == pytest.approx(truth.best - np.mean(picked))
+
+
 def test_random_regret_reports_the_other_seed(nb15):
     """Where validation of a seed only knows its own luck, choosing gains nothing."""
     _, truth = table(nb15)
