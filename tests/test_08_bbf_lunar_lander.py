@@ -606,11 +606,34 @@ def test_stacks_keep_kinds_of_resets_apart(nb08):
 
 def test_runs_are_sorted_by_way(nb08):
     ways = nb08.Way(), nb08.Way(horizon=(3, 3))
-    result = {"final": [[1, 2], [3, 4]], "curve": [(5, 1, -7.0), (6, 0, 8.0)], "measures": [(10, {"a": [1, 2]}), (20, {"a": [3, 4]})]}
-    found = nb08.by_way([(ways, (0, 0))], [result])
-    assert found[ways[0]] == [{"final": [1, 2], "curve": [(6, 8.0)], "measures": {"a": [1, 3]}}]
-    assert found[ways[1]] == [{"final": [3, 4], "curve": [(5, -7.0)], "measures": {"a": [2, 4]}}]
-    np.testing.assert_array_equal(nb08.scores_of(found[ways[0]]), [[1.5]])
+    runs = [{"final": [value]} for value in range(5)]
+    found = nb08.by_way([(ways, (0, 0)), ((ways[1], ways[0], ways[1]), (1, 1, 2))], [runs[:2], runs[2:]])
+    assert found == {ways[0]: [runs[0], runs[3]], ways[1]: [runs[1], runs[2], runs[4]]}
+    np.testing.assert_array_equal(nb08.scores_of(found[ways[0]]), [[0], [3]])
+
+
+def test_a_stack_is_taken_apart_into_runs(nb08, small, monkeypatch):
+    agents = []
+    trained = nb08.train
+    monkeypatch.setattr(nb08, "train", lambda agent, *rest: agents.append(agent) or trained(agent, *rest))
+    monkeypatch.setattr(nb08, "evaluate", lambda agent, seeds, episodes: np.array([[1.0, 2.0], [3.0, 4.0]]))
+    monkeypatch.setattr(nb08.Lander, "LIMIT", 25)  # each lander ends an episode or more
+    ways = nb08.Way(), nb08.Way(horizon=(3, 3))
+    runs = nb08.run_stack(nb08.BBF, small, ways, (0, 1), 60, 2, "cpu", None)
+    assert [run["final"] for run in runs] == [[1.0, 2.0], [3.0, 4.0]]
+    assert runs[0]["curve"] != runs[1]["curve"]
+    looks = nb08.plasticity(agents[0], nb08.Replay(2, 60))
+    assert set(runs[0]["measures"]) == set(looks)
+    for n, run in enumerate(runs):
+        assert [step for step, _ in run["curve"]] == sorted(step for step, _ in run["curve"])
+        assert run["curve"][0][0] <= 25
+        assert [len(values) for values in run["measures"].values()] == [20, 20]
+        assert run["measures"]["weight norm"][-1] == pytest.approx(looks["weight norm"][n])
+        alone = nb08.BBF(1, small, torch.device("cpu"))  # the weights are those of a run for itself
+        alone.slow.load_state_dict(run["weights"])
+        x = torch.randn(2, 5, 8)
+        torch.testing.assert_close(alone.slow(x[n : n + 1])[0], agents[0].slow(x)[n])
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in run["weights"].values())  # not the stack's
 
 
 def test_dormant_units_and_norms(nb08, small):
@@ -663,3 +686,44 @@ def test_curves_are_drawn_where_they_belong(nb08):
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == pytest.approx((low, high))
     nb08.plt.close(figure)
+
+
+def learning_batch(runs, generator):
+    """A batch as a replay gives it, and probabilities, for 16 samples of each run."""
+    shape = runs, 16
+    batch = {"rewards": torch.randn(shape, generator=generator), "discount": torch.full(shape, 0.9)}
+    batch |= {name: torch.randn(*shape, 8, generator=generator) for name in ("observations", "next")}
+    batch["actions"] = torch.randint(4, shape, generator=generator)
+    return batch, torch.rand(shape, generator=generator)
+
+
+def test_the_loss_is_one_graph_and_learns_the_same(nb08, small):
+    agents = []
+    for backend in (None, "aot_eager"):  # traced and run without a compiler for the machine
+        torch.manual_seed(0)
+        agents.append(nb08.BBF(3, small, torch.device("cpu")))
+        if backend:
+            torch.compiler.reset()
+            agents[-1].losses = torch.compile(nb08.cross_entropies, backend=backend, fullgraph=True)
+        generator = torch.Generator().manual_seed(1)
+        found = [agents[-1].learn(*learning_batch(3, generator)) for _ in range(4)]
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    torch.testing.assert_close(found[0], nb08.BBF(3, small, torch.device("cpu")).learn(*learning_batch(3, generator)))
+    for one, other in zip(agents[0].parameters(), agents[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_loss_is_compiled_on_a_gpu_only(nb08, small, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append((function, how)) or "graph")
+    wanted = replace(small, compiled=True)
+    assert nb08.losses_of(wanted, torch.device("cpu")) is nb08.cross_entropies
+    assert nb08.losses_of(replace(small, compiled=False), torch.device("cuda")) is nb08.cross_entropies
+    monkeypatch.setattr(nb08.importlib.util, "find_spec", lambda name: None)  # no triton
+    assert nb08.losses_of(wanted, torch.device("cuda")) is nb08.cross_entropies
+    assert not asked
+    monkeypatch.setattr(nb08.importlib.util, "find_spec", lambda name: name == "triton")
+    assert nb08.losses_of(wanted, torch.device("cuda")) == "graph"
+    assert asked == [(nb08.cross_entropies, {"mode": "reduce-overhead", "fullgraph": True})]

@@ -644,6 +644,12 @@ ClearML: task closed
 """
 
 
+IDLE = """runs:   0%|          | 0/60 [00:01<?, ?it/s]/x/loky/process_executor.py:787: UserWarning: A worker stopped while some \
+jobs were given to the executor. This can be caused by a too short worker timeout or by a memory leak.
+  warnings.warn(
+"""
+
+
 def test_render_drops_noise_only():
     stream = lambda name, text: nbformat.v4.new_output("stream", name=name, text=text)
     all_bars = "\n".join(bars()) + "\n"
@@ -651,13 +657,13 @@ def test_render_drops_noise_only():
     mixed = "UserWarning: 3 of 10 [odd]\n" + all_bars + "\x1b[A\n  2/3 done\n"
     dirty = cells("1", "2", "3", "4")
     dirty.cells[0].outputs = [stream("stderr", all_bars), stream("stdout", "loss 0.5\n")]
-    dirty.cells[1].outputs = [stream("stderr", mixed)]
+    dirty.cells[1].outputs = [stream("stderr", mixed + IDLE + "x.py:1: UserWarning: odd\n  warnings.warn(\n")]
     dirty.cells[2].outputs = [stream("stdout", CLEARML)]
     dirty.cells[3].outputs = [stream("stdout", CLEARML.splitlines()[1]), stream("stdout", "\nClearML tasks\n\nlast")]
     done = render.clean(dirty)
     assert [[output.text for output in cell.outputs] for cell in done.cells] == [
         ["loss 0.5\n"],
-        ["UserWarning: 3 of 10 [odd]\n  2/3 done\n"],
+        ["UserWarning: 3 of 10 [odd]\n  2/3 done\nx.py:1: UserWarning: odd\n  warnings.warn(\n"],
         ["ClearML goes offline: no keys\nClearML: task closed\n"],
         ["\nClearML tasks\n\nlast"],
     ]

@@ -30,6 +30,8 @@ KEPT_CELL_METADATA = ("tags", "cellView", "jupyter", "alt")
 ESCAPE = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 # tqdm's: "epoch: 30%|███       | 3/10 [00:01<00:03, 2.1it/s, loss=0.3]" or, of unknown length, "3it [00:01, 2.1it/s]"
 PROGRESS_BAR = re.compile(r"\d\S* \[\d+:\d\d(:\d\d)?(<[\d:?]+)?, *(\?|[\d.]+)[^\s\]]*/[^\]]+\]\s*$")
+# loky's, where a process had nothing to do while others worked on
+IDLE_WORKER = re.compile(r"[^\n]*UserWarning: A worker stopped while some jobs were given[^\n]*\n +warnings\.warn\(\n")
 CLEARML_LINE = re.compile(
     r"ClearML (Task:|running in offline mode|results page:|Monitor:|new version available)"
     r"|\d{4}-\d\d-\d\d [\d:,]+ - clearml\."
@@ -64,7 +66,8 @@ def is_noise(name, line):
 def clean_output(output):
     """An output without noise and with its picture compressed; None where nothing is left."""
     if output.output_type == "stream":
-        output.text = "".join(line for line in output.text.splitlines(keepends=True) if not is_noise(output.name, line))
+        lines = IDLE_WORKER.sub("", output.text).splitlines(keepends=True)
+        output.text = "".join(line for line in lines if not is_noise(output.name, line))
         return output if output.text else None
     if "image/png" in output.get("data", {}):
         output.data["image/png"] = base64.b64encode(compress(base64.b64decode(output.data["image/png"]))).decode()
