@@ -23,7 +23,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
 @pytest.fixture
 def small(nb14):
     """Settings of a small network."""
-    return nb14.Config(vocabulary=35, width=16, heads=2, layers=2, batch_size=4, steps=6, longest=64)
+    return nb14.Config(vocabulary=75, width=16, heads=2, layers=2, batch_size=4, steps=6, longest=64)
 
 
 def kinds():
@@ -142,6 +142,20 @@ def test_dropout_is_inverted_and_of_its_generator(nb14):
     y = normal(1, 5, 8, dtype=torch.float32)
     assert not torch.allclose(attention(y, y)[0], attention(y, y)[0])
     torch.testing.assert_close(attention.eval()(y, y)[0], attention(y, y)[0])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_weights_of_attention_can_be_spared_from_dropout(nb14, small, kept):
+    config = replace(small, kind="transformer", dropout=0.4, weights_kept=kept)
+    model = nb14.build(config, 0, "cpu").train()
+    attentions = [module for module in model.modules() if isinstance(module, nb14.MultiHeadAttention)]
+    assert len(attentions) == 3 * config.layers
+    for attention in attentions:
+        x = torch.randn(2, 5, config.width, generator=generator(1))
+        output, weights = attention(x, x)
+        expected = attention.output((weights @ attention.remember(x)[1]).transpose(1, 2).flatten(2))
+        assert torch.allclose(output, expected, atol=1e-6) == kept
+    assert all(layer.dropout.rate == 0.4 for layer in (*model.encoder, *model.decoder))
 
 
 # --- networks
@@ -347,9 +361,9 @@ def test_length_over_the_maximum(nb14, small):
 
 
 def test_strings_by_a_loop(nb14):
-    source, target = nb14.strings(400, 2, 9, generator(1))
-    assert source.shape == (400, 10)
-    assert target.shape == (400, 12)
+    source, target = nb14.strings(1200, 2, 9, generator(1), least=2)
+    assert source.shape == (1200, 10)
+    assert target.shape == (1200, 12)
     seen = set()
     for string, answer in zip(source.tolist(), target.tolist(), strict=True):
         size = string.index(nb14.END)
@@ -377,7 +391,7 @@ def test_strings_of_one_task_and_length(nb14):
         assert (source[:, 30] == nb14.END).all()
         if name == "recall":
             asked = target[:, 0] - nb14.INDEX
-            assert sorted(set(asked.tolist())) == list(range(20))  # never a place without a token
+            assert sorted(set(asked.tolist())) == list(range(30))
             assert torch.equal(target[:, 2], source.gather(1, asked[:, None])[:, 0])
         else:
             assert (target[:, 0] == first).all()
@@ -482,7 +496,7 @@ def test_loss_is_of_tokens_after_the_first(nb14, small):
     source, target = nb14.strings(5, 2, 6, generator(1))
     model = shaken(nb14.build(replace(small, kind="dot"), 0, "cpu"))
     logits = model.advance(model.encode(source), target[:, :-1])[0].log_softmax(-1)
-    parts = [-logits[n, t, target[n, t + 1]] for n in range(5) for t in range(7) if target[n, t + 1] != nb14.PAD]
+    parts = [-logits[n, t, target[n, t + 1]] for n in range(5) for t in range(8) if target[n, t + 1] != nb14.PAD]
     assert float(nb14.cross_entropy(model, source, target)) == pytest.approx(float(torch.stack(parts).mean()), abs=1e-5)
 
 
@@ -578,8 +592,12 @@ def test_greedy_is_uncached_writing(nb14, small, kind):
 def test_answers_are_teacher_forced_or_free(nb14, small):
     source, target = nb14.strings(6, 2, 7, generator(2))
     model = shaken(nb14.build(replace(small, kind="dot"), 0, "cpu"))
-    forced = model.advance(model.encode(source), target[:, :-1])[0].argmax(-1)
-    assert torch.equal(nb14.answers(model, source, target, False), forced)
+    logits = model.advance(model.encode(source), target[:, :-1])[0]
+    forced = logits.argmax(-1)
+    only_symbols = logits.clone()
+    only_symbols[..., : nb14.SYMBOL] = -math.inf
+    assert torch.equal(nb14.answers(model, source, target, False), only_symbols.argmax(-1))
+    assert not torch.equal(only_symbols.argmax(-1), forced)
     free = nb14.greedy(model, source, target[:, 0], target.shape[1] - 1)
     assert torch.equal(nb14.answers(model, source, target, True), free)
     right = [forced[n, t] == target[n, t + 1] for n in range(6) for t in range(9) if target[n, t + 1] >= nb14.SYMBOL]
@@ -589,7 +607,7 @@ def test_answers_are_teacher_forced_or_free(nb14, small):
 
 @pytest.mark.parametrize(
     ("tokens", "said"),
-    [([[3, 35]], "3 to 35: there are 0 to 34"), ([[-1, 3]], "-1 to 3"), ([[0, 3]], "empty"), ([[], []], "empty")],
+    [([[3, 75]], "3 to 75: there are 0 to 74"), ([[-1, 3]], "-1 to 3"), ([[0, 3]], "empty"), ([[], []], "empty")],
 )
 def test_tokens_that_are_none(nb14, small, tokens, said):
     model = nb14.build(replace(small, kind="dot"), 0, "cpu")
@@ -677,11 +695,20 @@ def test_beams_of_sentences(nb14, small):
 # --- the study
 
 
-def test_each_place_is_asked_for_as_often(nb14):
-    """Also where strings are of all lengths: else a recall would be trained more on the first places."""
-    target = nb14.strings(8000, 1, 8, generator(5), "recall")[1]
-    counts = torch.bincount(target[:, 0] - nb14.INDEX, minlength=8) / 8000
-    assert counts.tolist() == pytest.approx([1 / 8] * 8, abs=0.015)
+def test_each_place_is_asked_for_as_often_at_each_length(nb14):
+    """Else a recall would be trained more on the first places, or on the newest symbols."""
+    source, target = nb14.strings(60_000, 1, 9, generator(5), "recall", least=6, more=2)
+    assert source.shape == (60_000, 12)
+    lengths = (source == nb14.END).int().argmax(1)
+    asked = target[:, 0] - nb14.INDEX
+    assert (asked < lengths).all()
+    for length in range(6, 12):
+        counts = torch.bincount(asked[lengths == length], minlength=length)
+        assert int(counts.sum()) / 60_000 == pytest.approx(1 / 6, abs=0.006)
+        assert (counts / counts.sum()).tolist() == pytest.approx([1 / length] * length, abs=0.015)
+    assert set(lengths.tolist()) == set(range(6, 12))
+    copies = nb14.strings(2000, 3, 9, generator(6), "copy", least=6, more=2)[0]
+    assert set((copies == nb14.END).int().argmax(1).tolist()) == set(range(3, 10))
 
 
 def test_logits_of_the_last_tokens_only(nb14, small):
@@ -692,19 +719,24 @@ def test_logits_of_the_last_tokens_only(nb14, small):
         torch.testing.assert_close(part, whole[:, -2:])
 
 
-def test_best_rate_is_chosen_by_its_score(nb14, small):
+def test_best_rate_is_chosen_by_the_mean_score_of_seeds(nb14, small):
     tried = []
+    worse = dict(zip(nb14.RATES, (0.9, 0.5, 1.0), strict=True))  # alone it would choose the second rate
+    losses = {("last", 4): dict(zip(nb14.RATES, (0.0, 0.5, 1.0), strict=True)), ("last", 5): worse}
+    losses |= {("dot", seed): dict(zip(nb14.RATES, (3.0, 2.0, 1.0), strict=True)) for seed in (4, 5)}
 
-    def fit(config):
-        tried.append(config)
-        return None, {"loss": [9.0, abs(config.learning_rate - (0.002 if config.kind == "dot" else 0.006))]}
+    def fit(config, seed):
+        tried.append((config.kind, config.steps, seed))
+        return None, {"loss": [9.0, losses[config.kind, seed][config.learning_rate]]}
 
     arms = {"a": replace(small, kind="dot"), "b": replace(small, kind="last", steps=8)}
-    found = nb14.with_best_rate(arms, fit, lambda log: -log["loss"][-1])
-    assert {name: config.learning_rate for name, config in found.items()} == {"a": 0.002, "b": 0.006}
-    assert found["b"] == replace(arms["b"], learning_rate=0.006)
-    assert sorted({config.steps for config in tried}) == [3, 4]
-    assert len(tried) == 4
+    score = lambda log: -log["loss"][-1]
+    found = nb14.with_best_rate(arms, fit, score, [4, 5])
+    assert {name: config.learning_rate for name, config in found.items()} == {"a": nb14.RATES[2], "b": nb14.RATES[0]}
+    assert nb14.with_best_rate(arms, fit, score, [5])["b"].learning_rate == nb14.RATES[1]
+    assert found["b"] == replace(arms["b"], learning_rate=nb14.RATES[0])
+    half = {("dot", small.steps // 2, seed) for seed in (4, 5)} | {("last", 4, seed) for seed in (4, 5)}
+    assert set(tried) == half
 
 
 def test_accuracy_by_place(nb14, small, monkeypatch):
