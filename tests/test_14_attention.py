@@ -737,6 +737,9 @@ def test_best_rate_is_chosen_by_the_mean_score_of_seeds(nb14, small):
     assert found["b"] == replace(arms["b"], learning_rate=nb14.RATES[0])
     half = {("dot", small.steps // 2, seed) for seed in (4, 5)} | {("last", 4, seed) for seed in (4, 5)}
     assert set(tried) == half
+    tried.clear()
+    assert nb14.with_best_rate(arms, fit, score, [4], (nb14.RATES[1],))["a"].learning_rate == nb14.RATES[1]
+    assert len(tried) == 2
 
 
 def test_accuracy_by_place(nb14, small, monkeypatch):
