@@ -153,7 +153,7 @@ def budgets(notebook, path):
         yield f"{data} lines for the data (45 and a quarter)"
     words = len(re.sub(r"\$\$.*?\$\$", " ", markdown_of(notebook), flags=re.DOTALL).split())
     if words > 3300:
-        yield f"{words} words of prose (3,000)"
+        yield f"{words} words of prose (3,300)"
     for cell in hand_written(notebook):
         yield from long_cell(cell, LONG_LOOPS.get(path.name[:2], 60))
 
