@@ -1,6 +1,7 @@
 """Notebook 04 against independent implementations: plain loops, NumPy, SciPy, Stable-Baselines3's rollout buffer, and nle played by hand."""
 
 import itertools
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -794,6 +795,7 @@ def test_an_error_ends_the_rest(nb04, tmp_path, monkeypatch):
         begun.append(run.seed)
         if run.seed == 1:
             raise KeyError("seed 1")
+        time.sleep(0.2)  # so that the error is heard before all have begun
         return {"history": {}, "seconds": 0.0, "looks": []}
 
     closed = []
